@@ -1,0 +1,392 @@
+"""Asking the model: a picture and a prompt go in, text comes out, piece by piece.
+
+    python generate.py --img x.jpg
+    python generate.py --img x.jpg --ask "what color is the star?"
+    python generate.py --img x.jpg --task refer --ask "the red star" --draw out.png
+
+Read it from the leaves to the root:
+
+    Sampling       from scores to the next token
+    Answer         from tokens to text, and where it ends
+    generate_ids   the loop: the whole prompt at once, then one token at a time
+    generate       one prompt, as a stream; `answer` is its twin for a batch
+    main           the command line, and boxes drawn on the picture
+"""
+
+import argparse
+import difflib
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data import IMAGE_PLACEHOLDER, STAGES, StreamDecoder, Tokenizer, caption_text, encode_prompt
+from data import inference_prompt, left_pad_collate, load_image, parse_boxes, preprocess
+from model import KVCache, Phi, TinyGPTV
+
+
+# ---- sampling ----
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults are greedy: always the most probable one.
+
+    Raises ValueError for a value out of its range; within them one token at least is always left.
+    """
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        ranges = {  # no narrower than sense, and no wider than what fp32 scores survive
+            "temperature": (self.temperature == 0 or 0.01 <= self.temperature <= 100,
+                            "0, which is greedy, or from 0.01 to 100"),
+            "top_k": (self.top_k >= 0, "1 or more, or 0 to keep all"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+            "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+        }  # fmt: skip
+        for name, (fits, allowed) in ranges.items():
+            if not fits:
+                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
+
+
+def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
+    """Makes the ids of `history` (B, n) less probable in scores (B, V), once for all times that
+    they occur: positive scores are divided (CTRL, arXiv 1909.05858), others multiplied."""
+    said = torch.zeros_like(scores, dtype=torch.bool).scatter(1, history, True)  # (B, V)
+    return torch.where(said, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Keeps the k highest scores of each row of (B, V), and whatever equals the k-th."""
+    lowest = scores.topk(min(k, scores.shape[-1])).values[:, -1:]  # (B, 1)
+    return scores.masked_fill(scores < lowest, float("-inf"))
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Keeps the fewest most probable ids of each row of (B, V) whose probabilities add up to p."""
+    ordered, ids = scores.sort(descending=True, stable=True)
+    reached = ordered.softmax(dim=-1).cumsum(dim=-1) >= p
+    ordered[:, 1:] = ordered[:, 1:].masked_fill(reached[:, :-1], float("-inf"))
+    return torch.empty_like(scores).scatter(1, ids, ordered)
+
+
+def process_scores(scores: Tensor, history: Tensor, sampling: Sampling) -> Tensor:
+    """What sampling makes of the model's scores (B, V) before one is drawn in their proportion."""
+    scores = penalize_repetition(scores, history, sampling.repetition_penalty)
+    if sampling.temperature > 0:
+        scores = scores / sampling.temperature
+        if sampling.top_k > 0:
+            scores = keep_top_k(scores, sampling.top_k)
+        if sampling.top_p < 1:
+            scores = keep_top_p(scores, sampling.top_p)
+    return scores
+
+
+# ---- the end of an answer ----
+class Answer:
+    """The text of one row as its tokens come, stripped, and cut where `stop` begins.
+
+    The end is looked for in the text, because several spellings in tokens give the same "###".
+    What may yet turn out to be its beginning is held back. stop_id: an id that ends it as well.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str, stop_id: int = -1):
+        self.decoder = StreamDecoder(tokenizer)
+        self.stop, self.stop_id = stop, stop_id
+        self.received = self.shown = ""
+        self.finished = False
+
+    def push(self, token_id: int) -> str:
+        """The text that one more token makes certain, often none."""
+        if self.finished or token_id == self.stop_id:
+            return self.close()
+        self.received += self.decoder.push(token_id)
+        if self.stop and self.stop in self.received:
+            self.finished, self.received = True, self.received.split(self.stop)[0]
+            return self._show("")
+        beginnings = (self.stop[:n] for n in range(len(self.stop) - 1, 0, -1))
+        return self._show(next(filter(self.received.endswith, beginnings), ""))
+
+    def close(self) -> str:
+        """What was held back, when no more tokens come."""
+        if not self.finished:
+            self.finished, self.received = True, self.received + self.decoder.flush()
+        return self._show("")
+
+    def _show(self, held: str) -> str:
+        text = self.received.removesuffix(held).strip()
+        piece = text[len(self.shown) :]
+        self.shown = text
+        return piece
+
+
+# ---- the loop ----
+@torch.inference_mode()
+def generate_ids(
+    phi: Phi, inputs_embeds: Tensor, attention_mask: Tensor, max_new_tokens: int,
+    sampling: Sampling = Sampling(), num_ids: int | None = None, history: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yields, step by step, the next id of every row (B,) and the scores (B, vocab_size) it was
+    taken from, after all that `sampling` does to them.
+
+    inputs_embeds (B, T, hidden_size), attention_mask (B, T): the prompts, padded on the left.
+    num_ids: ids from there on are never drawn, for they have no text. history (B, n): ids that
+    count as said already. Ends after max_new_tokens, or when the positions are used up; it knows
+    no other end. A row that is over goes on, unread, while others need it: rows never meet.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+    B, T, _ = inputs_embeds.shape
+    device = inputs_embeds.device
+    # The last token is never fed. A prompt that does not fit is left for Phi to refuse.
+    steps = max(1, min(max_new_tokens, phi.config.max_position_embeddings - T + 1))
+    cache = KVCache(phi.config, B, T + steps - 1, device, inputs_embeds.dtype)
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    ids = attention_mask.new_empty(B, 0) if history is None else history
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding takes no positions
+    for _ in range(steps):
+        hidden = phi(inputs_embeds, attention_mask, position_ids, cache)
+        scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
+        scores[:, num_ids or scores.shape[1] :] = float("-inf")
+        scores = process_scores(scores, ids, sampling)
+        if sampling.temperature == 0:
+            next_ids = scores.argmax(dim=-1)
+        else:
+            next_ids = scores.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
+        yield next_ids, scores
+        ids = torch.cat([ids, next_ids[:, None]], dim=1)
+        inputs_embeds = phi.embed_tokens(next_ids)[:, None]  # (B, 1, hidden_size)
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(B, 1)], dim=1)
+        position_ids = attention_mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
+
+
+@torch.inference_mode()
+def prepare(
+    model: TinyGPTV, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str],
+    official: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """inputs_embeds (B, T, hidden_size) and attention_mask (B, T) of prompts, padded on the left.
+
+    images: those of each prompt, as many as it has <ImageHere>. Each prompt begins with BOS, as
+    in training, but not if `official`: the official demo and benchmarks leave it out.
+    """
+    tokenizer = model.tokenizer
+    bos = [] if official else [tokenizer.bos_token_id]
+    num_queries = model.config.qformer.num_queries
+    rows = [bos + encode_prompt(prompt, tokenizer, num_queries, len(own))
+            for prompt, own in zip(prompts, images, strict=True)]  # fmt: skip
+    batch = left_pad_collate(rows, tokenizer.pad_token_id)
+    device = model.phi.lm_head.weight.device
+    pixels = [preprocess(image, model.image_size) for own in images for image in own]
+    image_embeds = model.encode_images(torch.stack(pixels).to(device)) if pixels else None
+    inputs_embeds = model.embed(batch["input_ids"].to(device), image_embeds)
+    return inputs_embeds, batch["attention_mask"].to(device)
+
+
+def decode(
+    model: TinyGPTV, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str],
+    sampling: Sampling, max_new_tokens: int, official: bool,
+) -> Iterator[list[str]]:  # fmt: skip
+    """Yields, token by token, what is new in the answer to each prompt. Warns if any was cut."""
+    tokenizer = model.tokenizer
+    inputs_embeds, attention_mask = prepare(model, images, prompts, official)
+    # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
+    # They penalise a BOS that was never fed as if it had been said.
+    stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
+    history = attention_mask.new_full((len(prompts), int(official)), tokenizer.bos_token_id)
+    rows = [Answer(tokenizer, *stop) for _ in prompts]
+    stream = generate_ids(
+        model.phi, inputs_embeds, attention_mask, max_new_tokens, sampling, len(tokenizer), history
+    )
+    for steps, (ids, _) in enumerate(stream, 1):
+        yield [row.push(token_id) for row, token_id in zip(rows, ids.tolist())]
+        if all(row.finished for row in rows):
+            return
+    cut = sum(not row.finished for row in rows)
+    positions = model.phi.config.max_position_embeddings
+    limit = "max_new_tokens" if steps == max_new_tokens else f"the model's {positions} positions"
+    warnings.warn(f"{cut} of {len(rows)} answers cut after {steps} tokens, because of {limit}")
+    yield [row.close() for row in rows]
+
+
+def generate(
+    model: TinyGPTV, images: Sequence[Image.Image], prompt: str, sampling: Sampling = Sampling(),
+    max_new_tokens: int = 120, official: bool = False,
+) -> Iterator[str]:  # fmt: skip
+    """Yields the answer to one prompt in pieces of text, as soon as they are certain.
+
+    prompt: with template and one <ImageHere> for each of `images` (`data.inference_prompt`).
+    official: prompt without BOS and stop as the official benchmarks do. Raises ValueError when
+    prompt and pictures do not fit together or exceed the model's positions.
+    """
+    for (piece,) in decode(model, [images], [prompt], sampling, max_new_tokens, official):
+        if piece:
+            yield piece
+
+
+def answer(
+    model: TinyGPTV, images: Sequence[Image.Image], prompts: Sequence[str],
+    sampling: Sampling = Sampling(), max_new_tokens: int = 120, official: bool = False,
+) -> list[str]:  # fmt: skip
+    """The answers to a batch of prompts about one picture each; `generate` in all else."""
+    each = [[image] for image in images]
+    pieces = decode(model, each, prompts, sampling, max_new_tokens, official)
+    return ["".join(row) for row in zip(*pieces)]
+
+
+# ---- boxes ----
+BoxLabel = tuple[tuple[int, int, int, int], str]  # in hundredths of the picture
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
+
+
+def labelled_boxes(text: str, label: str) -> tuple[list[BoxLabel], int]:
+    """Boxes of an answer, each with the last <p>phrase</p> before it, or `label` where there is
+    none, and how many were malformed."""
+    texts = re.split(r"<p>(.*?)</p>", text)  # text, phrase, text, phrase, ..., text
+    labelled, ignored = [], 0
+    for phrase, after in zip([label, *texts[1::2]], texts[::2]):
+        boxes, malformed = parse_boxes(after)
+        labelled += [(box, " ".join(phrase.split())) for box in boxes]
+        ignored += malformed
+    return labelled, ignored
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[BoxLabel]) -> Image.Image:
+    """A copy of the picture with the boxes on it and their labels inside them."""
+    image = image.copy()
+    draw, (width, height) = ImageDraw.Draw(image), image.size
+    line = max(2, min(image.size) // 150)
+    font = ImageFont.load_default(max(11, min(image.size) // 25))
+    for number, (box, label) in enumerate(boxes):
+        color = PALETTE[number % len(PALETTE)]
+        x1, y1, x2, y2 = (min(s - 1, v * s // 100) for v, s in zip(box, (width, height) * 2))
+        draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
+        x = max(0, min(x1 + 2 * line, width - draw.textlength(label, font)))
+        draw.text((x, y1 + line), label, color, font, stroke_width=2, stroke_fill="white")
+    return image
+
+
+# ---- command line ----
+ASK_FOR = {  # task: what --ask has to be
+    "caption": None, "grounding": None, "vqa": "a question", "refer": "a phrase",
+    "identify": "a box like {<10><20><50><60>}, in hundredths of the picture",
+    "detection": "a phrase",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # argparse would print all options and exit
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Ask TinyGPT-V about a picture.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--img", type=Path, required=True, metavar="FILE", help="the picture")
+    add("--ask", metavar="TEXT", help="; ".join(f"{t}: {a}" for t, a in ASK_FOR.items() if a))
+    add("--task", choices=ASK_FOR, help="vqa if something is asked, else caption")
+    add("--draw", type=Path, metavar="FILE", help="write the picture with the boxes on it")
+    weights = Path(__file__).parent / "miniature" / "weights"
+    add("--weights", type=Path, default=weights, metavar="DIR", help="the miniature by default")
+    add("--stage", type=int, choices=STAGES, help="of training; the last by default")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    add("--temperature", type=float, default=0.0, help="0, the default: top-k and top-p are idle")
+    add("--top-k", type=int, default=0, help="0, the default, keeps all tokens")
+    numbers = {"top-p": 1.0, "repetition-penalty": 1.0, "max-new-tokens": 120, "seed": 0}
+    for name, default in numbers.items():
+        add("--" + name, type=type(default), default=default, help=f"{default} by default")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = ["--" + name.replace("_", "-") for name in vars(arguments)]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
+        raise ValueError(f"unknown argument {unknown[0]}; the nearest option is {nearest[0]}")
+    return arguments
+
+
+def asked_text(task: str, ask: str | None) -> str:
+    """What was asked, worded as in training: questions and phrases are lower case there."""
+    ask = ask or ""
+    if ASK_FOR[task] and not ask.strip():
+        raise ValueError(f"--task {task} needs --ask with {ASK_FOR[task]}")
+    if task not in ("vqa", "refer") or IMAGE_PLACEHOLDER in ask:  # which is about to be refused
+        return ask
+    if len(ask.split()) > 50:
+        warnings.warn("only the first 50 words of what was asked count, as in training")
+    return caption_text(ask)
+
+
+def check_machine(device: str, output: Path | None) -> None:
+    """Raises ValueError unless the device is there and `output` can become a picture."""
+    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device)
+    if backend is not None and not backend.is_available():
+        raise ValueError(f"--device {device}: torch finds no such device here; use --device cpu")
+    if output is None:
+        return
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--draw {output}: no picture format has this ending; use .png or .jpg")
+    if not output.parent.is_dir():
+        raise ValueError(f"--draw {output}: there is no folder {output.parent}")
+
+
+def draw_answer(image: Image.Image, path: Path, task: str, asked: str, answered: str) -> None:
+    """Writes the picture with the boxes of the answer, or for identify with the one asked for."""
+    text, label = (asked, answered) if task == "identify" else (answered, asked)
+    boxes, ignored = labelled_boxes(text, label)
+    if ignored:
+        warnings.warn(f"{ignored} malformed boxes in the answer are not drawn")
+    if not boxes:
+        warnings.warn(f"the answer has no box to draw; {path} is the picture as it was")
+    draw_boxes(image, boxes).save(path)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answers one question. What can be checked without the weights is checked before they load."""
+    task = arguments.task or ("caption" if arguments.ask is None else "vqa")
+    asked = asked_text(task, arguments.ask)
+    sampling = Sampling(
+        arguments.temperature, arguments.top_k, arguments.top_p,
+        arguments.repetition_penalty, arguments.seed,
+    )  # fmt: skip
+    check_machine(arguments.device, arguments.draw)
+    image = load_image(arguments.img)
+    model = TinyGPTV.from_pretrained(arguments.weights, arguments.stage, arguments.device)
+    if arguments.stage not in (None, model.stage):
+        raise ValueError(f"{arguments.weights} holds stage {model.stage}, not {arguments.stage}")
+    prompt = inference_prompt(task, asked, model.stage)
+    pieces = []
+    for piece in generate(model, [image], prompt, sampling, arguments.max_new_tokens):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    if arguments.draw:
+        draw_answer(image, arguments.draw, task, asked, "".join(pieces))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line on stderr that says what was wrong."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            run(parse_arguments(argv))
+        return 0
+    except torch.OutOfMemoryError:
+        message = "out of memory on the device; use --device cpu"
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

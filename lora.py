@@ -1,0 +1,83 @@
+"""LoRA (arXiv 2106.09685): fine-tune a large linear layer through a small detour.
+
+                 x
+         ┌───────┴────────┐
+         │                │ dropout
+     W (frozen)       A: in -> r        a few directions to read
+         │                │
+         │            B: r -> out       a few directions to write, starts at zero
+         │                │ x alpha / r
+         └───────(+)──────┘
+                 y = W x + b + (alpha / r) B A dropout(x)
+
+W stays as it was; only A and B learn. Because B starts at zero, the model begins exactly where the
+pre-trained one ended. Afterwards the detour can be folded into W and costs nothing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class LoRAConfig:
+    r: int  # rank of the detour
+    alpha: int  # the detour is scaled by alpha / r
+    dropout: float = 0.05
+
+
+LORA_PRESETS = {
+    "full": LoRAConfig(r=64, alpha=16),
+    "mini": LoRAConfig(r=8, alpha=16),
+}
+
+# What TinyGPT-V adapts: in each Phi layer the fused q|k|v projection and the attention's output.
+TARGETS = ("qkv", "dense")
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a LoRA detour; `weight` and `bias` are the frozen pre-trained ones."""
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig):
+        super().__init__(in_features, out_features)
+        self.lora_A = nn.Linear(in_features, config.r, bias=False)
+        self.lora_B = nn.Linear(config.r, out_features, bias=False)
+        self.lora_dropout = nn.Dropout(config.dropout)
+        self.scaling = config.alpha / config.r
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        detour = self.lora_B(self.lora_A(self.lora_dropout(x)))
+        return super().forward(x) + self.scaling * detour
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The plain linear layer with W + (alpha / r) B A in place of W."""
+        delta = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
+        linear.bias = self.bias
+        return linear
+
+
+def add_lora(module: nn.Module, config: LoRAConfig) -> None:
+    """Replaces, in place, every linear layer below `module` whose name is in TARGETS."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if name in TARGETS and type(child) is nn.Linear:
+                # Built where the weights are (perhaps the meta device), then given those weights.
+                with child.weight.device:
+                    lora = LoRALinear(child.in_features, child.out_features, config)
+                lora.weight, lora.bias = child.weight, child.bias
+                setattr(parent, name, lora)
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Folds, in place, every LoRA detour below `module` into its weight."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.merged())

@@ -1,0 +1,469 @@
+"""TinyGPT-V (arXiv 2312.16862): a picture and a prompt go in, logits for the next token come out.
+
+Read it from the leaves to the root:
+
+    rotary embedding, RMSNorm          two small ideas
+    KVCache                            what decoding remembers
+    Attention, MLP, Block, Phi         the language model, Phi-2 with TinyGPT-V's extra norms
+    TinyGPTV                           ViT -> Q-Former -> projection -> Phi
+    loading, saving                    strict: every tensor accounted for, or an error that names it
+
+Phi-2 differs from most language models in that attention and MLP run side by side on the same
+normalised input. TinyGPT-V adds three norms to keep a small model stable when pictures arrive:
+LayerNorm on queries and keys, and RMSNorm on what attention returns.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bridge import (
+    PROJECTOR_PRESETS,
+    QFORMER_PRESETS,
+    Projector,
+    ProjectorConfig,
+    QFormer,
+    QFormerConfig,
+    naive_attention,
+)
+from data import IMAGE_TOKEN_ID, Tokenizer
+from lora import LORA_PRESETS, LoRAConfig, add_lora
+from vision import VISION_PRESETS, EvaViT, VisionConfig
+
+
+@dataclass
+class PhiConfig:
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 2048
+    partial_rotary_factor: float = 0.4  # the share of each head that rotates
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
+    resid_dropout: float = 0.1
+    qk_norm: bool = True  # False: without TinyGPT-V's norm on q and k
+    attn_norm: bool = True  # False: without TinyGPT-V's norm on attention's output
+
+
+PHI_PRESETS = {
+    "full": PhiConfig(vocab_size=51200, hidden_size=2560, num_layers=32, num_heads=32,
+                      intermediate_size=10240),
+    "mini": PhiConfig(vocab_size=832, hidden_size=192, num_layers=6, num_heads=6,
+                      intermediate_size=768, max_position_embeddings=512, resid_dropout=0.0),
+}  # fmt: skip
+
+
+def rotary_cos_sin(position_ids: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles (RoPE, arXiv 2104.09864, eq. 34), in fp32.
+
+    position_ids (B, T) -> two tensors (B, 1, T, rotary_dim), to be broadcast over heads.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).float() / rotary_dim
+    angles = position_ids[:, None, :, None].float() / theta**exponents  # (B, 1, T, rotary_dim / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first `rotary_dim` channels of every head of x (B, heads, T, head_dim); channel i
+    turns together with channel i + rotary_dim / 2. The other channels carry no position."""
+    rotary_dim = cos.shape[-1]
+    turning, still = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), still], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight: LayerNorm without the mean and the bias, computed in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
+class KVCache:
+    """Keys and values of all past tokens, so that decoding computes each token once.
+
+    Room for `max_length` tokens is taken at the start; `length` tells how many are in it.
+    """
+
+    def __init__(
+        self, config: PhiConfig, batch_size: int, max_length: int,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
+        head_dim = config.hidden_size // config.num_heads
+        shape = (config.num_layers, batch_size, config.num_heads, max_length, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, heads, T, head_dim) of the newest T tokens; returns those of all."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with partial rotary positions and TinyGPT-V's norm on q and k.
+
+    The norm comes before the rotation and is shared by all heads. Because q and k then have a
+    bounded length, no score can overflow fp16: that is its purpose (paper, section 3.2).
+    """
+
+    def __init__(self, config: PhiConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        head_dim = config.hidden_size // config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.qk_norm:
+            self.q_layernorm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps)
+        else:
+            self.q_layernorm = self.k_layernorm = nn.Identity()
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+        cache: KVCache | None = None, maps: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q = apply_rotary(self.q_layernorm(q).to(v.dtype), cos, sin)  # (B, heads, T, head_dim)
+        k = apply_rotary(self.k_layernorm(k).to(v.dtype), cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, heads, all tokens so far, head_dim)
+        if maps is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y, attention_map = naive_attention(q, k, v, mask)
+            maps.append(attention_map)
+        return self.dense(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the tanh approximation of GELU (`gelu_new`)."""
+
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Phi's parallel block: y = x + RMSNorm(attention(h)) + mlp(h), where h = LayerNorm(x).
+
+    The paper's figure 5c feeds the MLP with x itself; the released code, and we, with h.
+    """
+
+    def __init__(self, config: PhiConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_layernorm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) if config.attn_norm else nn.Identity()
+        )
+        self.mlp = MLP(config)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+        cache: KVCache | None = None, maps: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        h = self.input_layernorm(x)
+        attended = self.post_layernorm(self.self_attn(h, cos, sin, mask, cache, maps))
+        return x + self.resid_dropout(attended) + self.resid_dropout(self.mlp(h))
+
+
+def attention_mask_4d(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+    """(1 or B, 1, T, S), True where the last T of S tokens may look: at themselves and back,
+    never at padding. `attention_mask` (B, S) is 1 on real tokens."""
+    positions = torch.arange(S, device=device)
+    mask = (positions[None, :] <= positions[S - T :, None])[None, None]  # (1, 1, T, S)
+    if attention_mask is not None:
+        itself = positions[None, :] == positions[S - T :, None]
+        # A padding token looks at itself, so that no row of the softmax is empty.
+        mask = mask & (attention_mask[:, None, None, :S].bool() | itself)
+    return mask
+
+
+class Phi(nn.Module):
+    """The language model. inputs_embeds (B, T, hidden_size) -> hidden states (B, T, hidden_size)
+    after the final norm; `lm_head` turns those into logits (B, T, vocab_size)."""
+
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: KVCache | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """attention_mask (B, S) covers cached tokens too; position_ids (B, T) default to counting
+        from the cache's length; `maps`, if a list, receives (B, heads, T, S) for each layer."""
+        T = inputs_embeds.shape[1]
+        past = 0 if cache is None else cache.length
+        device = inputs_embeds.device
+        if past + T > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the prompt with its picture and answer takes {past + T} positions; this model "
+                f"has {self.config.max_position_embeddings}"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=device)[None]
+        head_dim = self.config.hidden_size // self.config.num_heads
+        rotary_dim = int(self.config.partial_rotary_factor * head_dim)
+        cos, sin = rotary_cos_sin(position_ids, rotary_dim, self.config.rope_theta)
+        mask = attention_mask_4d(attention_mask, T, past + T, device)
+        x = inputs_embeds
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache, maps)
+        if cache is not None:
+            cache.length += T
+        return self.final_layernorm(x)
+
+    def loss(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over all labels (B, T) but -100; token t predicts label t + 1."""
+        hidden = self(inputs_embeds, attention_mask)
+        targets = labels[:, 1:]
+        labelled = targets != -100
+        logits = self.lm_head(hidden[:, :-1][labelled])  # (labelled tokens, vocab_size)
+        return F.cross_entropy(logits.float(), targets[labelled])
+
+    def init_weights(self) -> None:
+        """Weights for training from scratch: normal of 0.02, biases zero, norms one."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+
+
+# Our names -> those of the official checkpoints and of Phi-2's files; `{}` is the layer's number.
+# The official code calls the fused projection `query_key_value` and interleaves it by head.
+PHI_NAMES = {
+    "embed_tokens": "model.embed_tokens",
+    "layers.{}.input_layernorm": "model.layers.{}.input_layernorm",
+    "layers.{}.self_attn.qkv": "model.layers.{}.self_attn.query_key_value",
+    "layers.{}.self_attn.dense": "model.layers.{}.self_attn.dense",
+    "layers.{}.self_attn.q_layernorm": "model.layers.{}.self_attn.q_layernorm",
+    "layers.{}.self_attn.k_layernorm": "model.layers.{}.self_attn.k_layernorm",
+    "layers.{}.post_layernorm": "model.layers.{}.post_layernorm",
+    "layers.{}.mlp.fc1": "model.layers.{}.mlp.fc1",
+    "layers.{}.mlp.fc2": "model.layers.{}.mlp.fc2",
+    "final_layernorm": "model.final_layernorm",
+    "lm_head": "lm_head",
+}
+
+
+@dataclass
+class ModelConfig:
+    vision: VisionConfig
+    qformer: QFormerConfig
+    projector: ProjectorConfig
+    phi: PhiConfig
+    lora: LoRAConfig | None  # stages 2 to 4
+    stage: int  # of training, 1 to 4; 0 is before the first
+
+    @classmethod
+    def preset(cls, name: str, stage: int) -> "ModelConfig":
+        """"full" is the official size, "mini" the miniature: only numbers differ."""
+        if name not in PHI_PRESETS:
+            raise ValueError(f"preset={name} is not known; choose from {', '.join(PHI_PRESETS)}")
+        return cls(
+            VISION_PRESETS[name], QFORMER_PRESETS[name], PROJECTOR_PRESETS[name],
+            PHI_PRESETS[name], LORA_PRESETS[name] if stage >= 2 else None, stage,
+        )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        lora = values["lora"]
+        return cls(
+            VisionConfig(**values["vision"]), QFormerConfig(**values["qformer"]),
+            ProjectorConfig(**values["projector"]), PhiConfig(**values["phi"]),
+            LoRAConfig(**lora) if lora else None, values["stage"],
+        )  # fmt: skip
+
+
+class TinyGPTV(nn.Module):
+    """The whole model. `forward` returns the training loss; generate.py drives the parts itself."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.stage = config.stage
+        self.visual_encoder = EvaViT(config.vision)
+        self.qformer = QFormer(config.qformer)
+        self.projector = Projector(config.projector)
+        self.phi = Phi(config.phi)
+        if config.lora is not None:
+            add_lora(self.phi, config.lora)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in pixels: stage 4 doubles the resolution."""
+        return self.config.vision.image_size * (2 if self.stage == 4 else 1)
+
+    def encode_images(self, pixel_values: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """(num_images, 3, S, S) -> (num_images, num_queries, hidden_size of Phi)."""
+        return self.projector(self.qformer(self.visual_encoder(pixel_values), maps))
+
+    def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
+        """Token embeddings (B, T, hidden_size), the places of pictures filled with theirs in order.
+
+        Raises ValueError when the pictures do not fill those places exactly.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID
+        places = int(is_image.sum())
+        available = 0 if image_embeds is None else image_embeds[..., 0].numel()
+        if places != available:
+            raise ValueError(f"the prompt has {places} image places, the pictures fill {available}")
+        embeds = self.phi.embed_tokens(input_ids.clamp(min=0))
+        if image_embeds is None:
+            return embeds
+        return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Mean cross entropy over all labelled tokens of the batch.
+
+        input_ids, labels, attention_mask (B, T); a label of -100 is not a target;
+        pixel_values (num_images, 3, S, S), as many as input_ids has places for.
+        """
+        image_embeds = None if pixel_values is None else self.encode_images(pixel_values)
+        return self.phi.loss(self.embed(input_ids, image_embeds), attention_mask, labels)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, stage: int | None = None, device: str = "cpu"
+    ) -> "TinyGPTV":
+        """The model of a weights directory, ready to answer (`model.tokenizer` is set).
+
+        directory: a checkpoint directory, or one that holds backbones and stage1 ... stage4; of
+        those `stage` picks one, the last by default, and 0 the backbones with a new projector.
+        Raises ValueError or FileNotFoundError, naming file and tensor, unless every tensor is
+        there, has its shape, is finite, and none is left over.
+        """
+        folder = checkpoint_directory(Path(directory), stage)
+        description = read_config(folder)
+        config = ModelConfig.from_dict(description)
+        with torch.device("meta"):  # no memory for weights that the files are about to bring
+            model = cls(config)
+        backbones = folder / description.get("backbones", ".")
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        state: dict[str, Tensor] = {}
+        for name, prefix in BACKBONE_FILES.items():
+            state |= read_tensors(backbones / name, prefix, expected)
+        if (folder / "model.safetensors").exists():
+            state |= read_tensors(folder / "model.safetensors", "", expected)
+        else:
+            state |= new_projector(config.projector)
+        missing = sorted(set(expected) - set(state))
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        model.load_state_dict(state, assign=True)
+        model.tokenizer = Tokenizer(backbones)
+        return model.to(device).eval()
+
+
+# ---- loading and saving ----
+
+BACKBONE_FILES = {
+    "vision.safetensors": "visual_encoder.",
+    "qformer.safetensors": "qformer.",
+    "phi.safetensors": "phi.",
+}
+
+
+def checkpoint_directory(directory: Path, stage: int | None) -> Path:
+    """The checkpoint directory that `stage` means in `directory`."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no weights directory {directory}")
+    if (directory / "model.safetensors").exists() or stage == 0:
+        return directory
+    stages = sorted(int(path.name[5:]) for path in directory.glob("stage[1-4]"))
+    if not stages or (stage is not None and stage not in stages):
+        wanted = "no checkpoint" if stage is None else f"no stage {stage}"
+        found = ", ".join(map(str, stages)) or "none"
+        raise FileNotFoundError(f"{directory}: {wanted} in it; stages found: {found}")
+    return directory / f"stage{stage or stages[-1]}"
+
+
+def read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; is {folder} a weights directory?") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tensors(path: Path, prefix: str, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Tensors of one safetensors file in fp32, their names after `prefix`; each one is expected,
+    has the expected shape, and is finite, or ValueError says which is not."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
+    state = {}
+    for name, tensor in tensors.items():
+        name = prefix + name
+        if name not in expected:
+            raise ValueError(f"{path}: unexpected tensor {name}")
+        if tensor.shape != expected[name]:
+            shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected[name])}"
+            raise ValueError(f"{path}: {name} has shape {shapes}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+        state[name] = tensor.float()
+    return state
+
+
+def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
+    """A projector that has learned nothing yet (torch's default initialisation), to be trained."""
+    return {f"projector.{name}": t for name, t in Projector(config).state_dict().items()}
+
+
+def save_checkpoint(model: TinyGPTV, folder: Path, backbones: Path) -> None:
+    """Writes config.json and model.safetensors, the trainable tensors only, each first to a
+    temporary file, so that a crash never leaves half of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(state, folder / "model.safetensors.tmp")
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    description = asdict(model.config) | {"backbones": os.path.relpath(backbones, folder)}
+    text = json.dumps(description, indent=2)
+    (folder / "config.json.tmp").write_text(text + "\n", "utf-8")
+    os.replace(folder / "config.json.tmp", folder / "config.json")
+

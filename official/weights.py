@@ -1,0 +1,135 @@
+"""Between the names of the official weight files and ours.
+
+The readable names of this code base and the official ones meet in the tables beside the classes
+(QFORMER_NAMES, PROJECTOR_NAMES, PHI_NAMES; the ViT's names are the official ones). Here the tables
+are put together and used in both directions. Two things are more than a name: Phi-2 comes in three
+layouts, and the official code interleaves the rows of q, k and v by head where we keep three blocks.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from bridge import PROJECTOR_NAMES, QFORMER_NAMES
+from model import PHI_NAMES, ModelConfig
+
+# Microsoft's first layout of Phi-2 -> ours; its Wqkv already holds q, k and v as blocks.
+MICROSOFT_NAMES = {
+    "transformer.embd.wte": "embed_tokens",
+    "transformer.h.{}.ln": "layers.{}.input_layernorm",
+    "transformer.h.{}.mixer.Wqkv": "layers.{}.self_attn.qkv",
+    "transformer.h.{}.mixer.out_proj": "layers.{}.self_attn.dense",
+    "transformer.h.{}.mlp.fc1": "layers.{}.mlp.fc1",
+    "transformer.h.{}.mlp.fc2": "layers.{}.mlp.fc2",
+    "lm_head.ln": "final_layernorm",
+    "lm_head.linear": "lm_head",
+}
+OFFICIAL_NAMES = (
+    {"visual_encoder": "visual_encoder"}
+    | {f"qformer.{ours}": theirs for ours, theirs in QFORMER_NAMES.items()}
+    | {f"projector.{ours}": theirs for ours, theirs in PROJECTOR_NAMES.items()}
+    | {f"phi.{ours}": f"llama_model.{theirs}" for ours, theirs in PHI_NAMES.items()}
+)
+OUR_NAMES = {theirs: ours for ours, theirs in OFFICIAL_NAMES.items()}
+OUR_PHI_NAMES = {theirs: ours for ours, theirs in PHI_NAMES.items()}
+
+# In the official files but without a use: why each is left out.
+IGNORED = {
+    r"Qformer\.bert\.embeddings\.position_ids": "a buffer of the text half of the Q-Former",
+    r"t5_proj\.": "BLIP-2's projection to its own language model",
+    r".*\.rotary_emb\.inv_freq": "computed, not learned",
+}
+
+
+def rename(name: str, table: dict[str, str]) -> str | None:
+    """`name` translated by its longest beginning that the table holds; None where none fits.
+
+    "layers.3.mlp.fc1.weight" fits the row "layers.{}.mlp.fc1"; what follows the row is kept.
+    """
+    pattern_of = {source: re.escape(source).replace(r"\{\}", r"(\d+)") for source in table}
+    for source in sorted(table, key=len, reverse=True):
+        if match := re.fullmatch(pattern_of[source] + r"((?:\..+)?)", name):
+            *number, rest = match.groups()
+            return table[source].replace("{}", "".join(number)) + rest
+    return None
+
+
+def by_blocks(tensor: Tensor, num_heads: int) -> Tensor:
+    """Rows [q_0 k_0 v_0 q_1 k_1 v_1 ...], one head after the other -> [q | k | v]."""
+    rows = tensor.unflatten(0, (num_heads, 3, -1))  # (heads, 3, head_dim, ...)
+    return rows.transpose(0, 1).reshape(tensor.shape)
+
+
+def by_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """Rows [q | k | v] -> [q_0 k_0 v_0 q_1 k_1 v_1 ...]: the inverse of `by_blocks`."""
+    rows = tensor.unflatten(0, (3, num_heads, -1))  # (3, heads, head_dim, ...)
+    return rows.transpose(0, 1).reshape(tensor.shape)
+
+
+def is_interleaved(name: str) -> bool:
+    """Whether the official code stores this tensor by head: weight, bias and LoRA B of Phi's qkv
+    (the ViT's is stored in blocks)."""
+    return ".self_attn.qkv." in name and ".lora_A." not in name
+
+
+def phi_from_official(tensors: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Phi-2 in any of its three layouts -> tensors by our names, below `phi`.
+
+    Microsoft's first release (transformer.h.N.mixer.Wqkv), today's (q_proj, k_proj, v_proj) and the
+    one that the official code reads (query_key_value). Raises ValueError for a name of none.
+    """
+    tensors = dict(tensors)
+    for name in [name for name in tensors if ".q_proj." in name]:
+        parts = [tensors.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        fused = by_heads(torch.cat(parts), num_heads)
+        tensors[name.replace("q_proj", "query_key_value")] = fused
+    is_microsoft = any(name.startswith("transformer.") for name in tensors)
+    table = MICROSOFT_NAMES if is_microsoft else OUR_PHI_NAMES
+    state = {}
+    for name, tensor in tensors.items():
+        ours = rename(name, table)
+        if ours is None:
+            raise ValueError(f"{name} is no tensor of Phi-2 in a known layout")
+        if is_interleaved(ours) and not is_microsoft:
+            tensor = by_blocks(tensor, num_heads)
+        state[ours] = tensor
+    return state
+
+
+def from_official(
+    tensors: dict[str, Tensor], config: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the names of the official model -> (by ours, ignored names with the reason).
+
+    Takes names with LoRA (llama_model.base_model.model.model...), without (llama_model.model...),
+    and those of newer PEFT versions (.default.). Raises ValueError for a name that has no place.
+    """
+    state, ignored = {}, {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("module.").replace(".default.", ".")
+        plain = plain.replace("llama_model.base_model.model.", "llama_model.")
+        reason = next((why for key, why in IGNORED.items() if re.match(key, plain)), None)
+        if reason is not None:
+            ignored[name] = reason
+            continue
+        ours = rename(plain, OUR_NAMES)
+        if ours is None:
+            raise ValueError(f"{name} is no tensor of TinyGPT-V")
+        if is_interleaved(ours):
+            tensor = by_blocks(tensor, config.phi.num_heads)
+        state[ours] = tensor
+    return state, ignored
+
+
+def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `from_official`, with the prefix that the official code uses with LoRA."""
+    tensors = {}
+    for name, tensor in state.items():
+        theirs = rename(name, OFFICIAL_NAMES)
+        if config.lora is not None:
+            theirs = theirs.replace("llama_model.", "llama_model.base_model.model.")
+        if is_interleaved(name):
+            tensor = by_heads(tensor, config.phi.num_heads)
+        tensors[theirs] = tensor
+    return tensors

@@ -1,0 +1,445 @@
+"""Sampling, stopping, the decoding loop, boxes and the command line of generate.py.
+
+What the official code generates is compared in test_golden.py.
+"""
+
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import generate as cli
+from bridge import ProjectorConfig, QFormerConfig
+from data import Tokenizer, inference_prompt, parse_boxes
+from generate import Answer, Sampling, answer, generate, generate_ids, prepare
+from model import ModelConfig, PhiConfig, TinyGPTV
+from vision import VisionConfig
+
+ROOT = Path(__file__).parents[1]
+VOCAB, POSITIONS = 51200, 80
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(ROOT / "tests" / "golden" / "tokenizer_files")
+
+
+@pytest.fixture
+def model(tokenizer):
+    """Random weights, large enough for answers that differ from prompt to prompt."""
+    torch.manual_seed(5)
+    config = ModelConfig(
+        vision=VisionConfig(28, 14, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8),
+        qformer=QFormerConfig(4, 8, 1, 2, intermediate_size=8, vision_hidden_size=8),
+        projector=ProjectorConfig(8, 8, 12),
+        phi=PhiConfig(VOCAB, 12, 2, 2, intermediate_size=24, max_position_embeddings=POSITIONS),
+        lora=None, stage=4,
+    )  # fmt: skip
+    model = TinyGPTV(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.fixture
+def image():
+    image = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(image).ellipse((50, 50, 150, 150), "red")
+    return image
+
+
+PROMPTS = [inference_prompt("vqa", text, 4) for text in ("what is it?", "a", "is there a star?")]
+
+
+# ---- sampling ----
+def plain_top_p(scores, p):
+    """By the definition: take the most probable, then the next, until they add up to p."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    total = sum(math.exp(s) for s in scores)
+    kept, reached = set(), 0.0
+    while reached < p and len(kept) < len(scores):
+        kept.add(order[len(kept)])
+        reached = sum(math.exp(scores[i]) for i in kept) / total
+    return [s if i in kept else -INF for i, s in enumerate(scores)]
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_is_its_plain_definition(p):
+    scores = torch.randn(8, 30, generator=torch.Generator().manual_seed(1)) * 2
+    expected = torch.tensor([plain_top_p(row, p) for row in scores.tolist()])
+    torch.testing.assert_close(cli.keep_top_p(scores, p), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 29, 30, 10**9])
+def test_top_k_is_its_plain_definition(k):
+    scores = torch.randn(8, 30, generator=torch.Generator().manual_seed(2))
+    for row, kept in zip(scores.tolist(), cli.keep_top_k(scores, k).tolist()):
+        best = sorted(row)[-k:]
+        assert kept == [s if s in best else -INF for s in row]
+
+
+def test_repetition_penalty_is_its_plain_definition():
+    scores = torch.tensor([[2.0, -2.0, 3.0, -3.0], [1.0, 0.0, -1.0, 5.0]])
+    history = torch.tensor([[0, 1, 1], [3, 3, 2]])
+    expected = torch.tensor([[1.0, -4.0, 3.0, -3.0], [1.0, 0.0, -2.0, 2.5]])
+    torch.testing.assert_close(cli.penalize_repetition(scores, history, 2.0), expected)
+    nothing = history[:, :0]
+    torch.testing.assert_close(cli.penalize_repetition(scores, nothing, 2.0), scores)
+
+
+def test_all_of_it_in_order():
+    """Penalty, then temperature, then top-k, then top-p of what is left."""
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    sampling = Sampling(temperature=2.0, top_k=2, top_p=0.6, repetition_penalty=4.0)
+    got = cli.process_scores(scores, torch.tensor([[0]]), sampling)
+    # 4 3 2 1 -> 1 3 2 1 -> .5 1.5 1 .5, the best two are left with .62 and .38 (of all: .43, .26)
+    torch.testing.assert_close(got, torch.tensor([[-INF, 1.5, -INF, -INF]]))
+
+
+@pytest.mark.parametrize("field, values", {
+    "temperature": (-1, 0.001, 1e9, math.nan, INF), "top_k": (-1,), "seed": (-1, 2**63),
+    "top_p": (0, -0.1, 1.1, math.nan), "repetition_penalty": (0, -1, INF, math.nan),
+}.items())  # fmt: skip
+def test_ranges(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{field} must be .* not {value}"):
+            Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("extreme", [
+    Sampling(0.01, 1, 1e-9, 100.0), Sampling(100.0, 10**9, 1.0, 0.01), Sampling(0.01, 0, 1.0, 0.01),
+])  # fmt: skip
+def test_extremes_still_leave_a_token(model, image, extreme):
+    embeds, mask = prepare(model, [[image]], PROMPTS[:1])
+    for ids, scores in generate_ids(model.phi, embeds, mask, 5, extreme, len(model.tokenizer)):
+        assert torch.isfinite(scores).any() and torch.isfinite(scores[0, ids])
+
+
+def test_draws_repeat_with_the_seed_and_follow_the_probabilities(model, image):
+    with torch.no_grad():
+        model.phi.lm_head.weight.zero_()
+        model.phi.lm_head.bias.fill_(-100)
+        model.phi.lm_head.bias[:2] = torch.tensor([math.log(0.8), math.log(0.2)])
+    embeds, mask = prepare(model, [[image]], PROMPTS[:1])
+    embeds, mask = embeds.expand(100, -1, -1), mask.expand(100, -1)
+
+    def draw(seed):
+        return next(generate_ids(model.phi, embeds, mask, 1, Sampling(1.0, seed=seed)))[0]
+
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+    assert abs(draw(3).float().mean() - 0.2) < 0.1  # of 100 draws: 2.5 standard deviations
+
+
+# ---- the end of an answer ----
+def listen(tokenizer, ids, stop="###"):
+    row = Answer(tokenizer, stop)
+    pieces = [row.push(token_id) for token_id in ids]
+    return pieces, row
+
+
+@pytest.mark.parametrize("spelling", [["###"], ["#", "#", "#"], ["##", "#"], ["#", "##"],
+                                      [" ###"], ["####"], ["#", "##", "# more"]])  # fmt: skip
+def test_every_spelling_of_the_stop_text_ends(tokenizer, spelling):
+    ids = tokenizer.encode("a red star")
+    for text in [*spelling, " and on", "###"]:
+        ids += tokenizer.encode(text)
+    pieces, row = listen(tokenizer, ids)
+    assert row.finished and "".join(pieces) == "a red star"
+    assert row.push(ids[0]) == "" == row.close()
+
+
+def test_what_only_begins_like_the_stop_text_is_an_answer(tokenizer):
+    ids = tokenizer.encode(" a #") + tokenizer.encode("b ##") + tokenizer.encode("  c #")
+    pieces, row = listen(tokenizer, ids)
+    assert not row.finished and "".join(pieces) == "a #b ##  c"
+    assert row.close() == " #" and row.finished
+
+
+def test_newline_ends_a_caption(tokenizer):
+    pieces, row = listen(tokenizer, tokenizer.encode("two stars\nthree"), stop="\n")
+    assert row.finished and "".join(pieces) == "two stars"
+
+
+def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer):
+    ids = tokenizer.encode("a 東京 🙂")
+    pieces, row = listen(tokenizer, ids)
+    assert len(ids) > 6 and "".join(pieces) == "a 東京 🙂"
+    half, row = listen(tokenizer, ids[:-2])
+    assert "".join(half) == "a 東" and row.close() == "\ufffd"
+
+
+# ---- the loop ----
+def test_cache_equals_the_whole_sequence_at_every_step(model, image):
+    embeds, mask = prepare(model, [[image]], PROMPTS[:1])
+    for ids, scores in generate_ids(model.phi, embeds, mask, 8):
+        with torch.inference_mode():
+            whole = model.phi.lm_head(model.phi(embeds)[:, -1])
+            embeds = torch.cat([embeds, model.phi.embed_tokens(ids)[:, None]], dim=1)
+        torch.testing.assert_close(scores, whole, rtol=0, atol=1e-4)
+
+
+def test_padding_on_the_left_changes_nothing(model, image):
+    other = Image.new("RGB", (50, 50), "blue")
+    batch = prepare(model, [[image], [other], [image]], PROMPTS)
+    assert batch[1][1, 0] == 0  # the shortest prompt is padded
+    together = list(generate_ids(model.phi, *batch, 10))
+    for row, (prompt, picture) in enumerate(zip(PROMPTS, (image, other, image))):
+        alone = generate_ids(model.phi, *prepare(model, [[picture]], [prompt]), 10)
+        for (ids, scores), (id_alone, scores_alone) in zip(together, alone, strict=True):
+            assert ids[row] == id_alone[0]
+            torch.testing.assert_close(scores[row], scores_alone[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*answers cut")
+def test_rows_end_one_by_one(model, image, monkeypatch):
+    """With a stop text that the answers reach after different numbers of tokens, or never."""
+    images = [image] * 3
+    uncut = answer(model, images, PROMPTS, max_new_tokens=12)
+    word = uncut[0].split()[2]
+    monkeypatch.setitem(cli.STAGES, 4, cli.STAGES[4]._replace(end_sym=word))
+    cut = answer(model, images, PROMPTS, max_new_tokens=12)
+    assert cut == [text.split(word)[0].strip() for text in uncut] and cut[0] != uncut[0]
+    for prompt, text in zip(PROMPTS, cut):
+        pieces = list(generate(model, [image], prompt, max_new_tokens=12))
+        assert "".join(pieces) == text and all(pieces)
+
+
+def test_ids_without_text_are_never_drawn(model, image):
+    with torch.no_grad():
+        model.phi.lm_head.bias[len(model.tokenizer) :] = 1e4
+    with pytest.warns(UserWarning, match="1 of 1 answers cut after 6 tokens, because of max_new"):
+        assert "".join(generate(model, [image], PROMPTS[0], Sampling(1.0), max_new_tokens=6))
+
+
+def test_prompt_and_answer_share_the_positions(model, image):
+    used = prepare(model, [[image]], PROMPTS[:1])[0].shape[1]
+    steps = POSITIONS - used + 1  # the last token is read, but never fed
+    with pytest.warns(UserWarning, match=f"after {steps} tokens, because of the model's 80"):
+        answer(model, [image], PROMPTS[:1], max_new_tokens=1000)
+    long = inference_prompt("vqa", "a " * 100, 4)
+    with pytest.raises(ValueError, match="takes 1[0-9][0-9] positions; this model has 80"):
+        answer(model, [image], [long])
+
+
+def test_pictures_and_places_must_agree(model, image):
+    with pytest.raises(ValueError, match="1 <ImageHere> in the prompt, 2 images"):
+        list(generate(model, [image, image], PROMPTS[0]))
+    with pytest.raises(ValueError, match="max_new_tokens must be 1 or more, not -1"):
+        list(generate(model, [image], PROMPTS[0], max_new_tokens=-1))
+
+
+def test_official_has_no_bos_and_ends_at_one_id(model, image):
+    with_bos, _ = prepare(model, [[image]], PROMPTS[:1])
+    without, _ = prepare(model, [[image]], PROMPTS[:1], official=True)
+    torch.testing.assert_close(with_bos[:, 1:], without)
+    with torch.no_grad():
+        model.phi.lm_head.weight.zero_()
+        model.phi.lm_head.bias[model.tokenizer.encode("###")[0]] = 1e3
+        model.phi.lm_head.bias[model.tokenizer.bos_token_id] = 2e3
+    # BOS, which is no text, would come first; the penalty makes it second to "###".
+    sampling = Sampling(repetition_penalty=4.0)
+    with pytest.warns(UserWarning, match="cut after 1 tokens"):
+        said = answer(model, [image], PROMPTS[:1], sampling, max_new_tokens=1, official=True)
+    assert said == ["###"]
+    model.phi.lm_head.bias.data[model.tokenizer.encode("#")[0]] = 3e3
+    assert answer(model, [image], PROMPTS[:1], official=True) == [""]
+
+
+# ---- boxes ----
+def test_boxes_are_labelled_with_the_phrase_before_them():
+    text = "<p>a star</p> {<1><2><3><4>}<delim>{<5><6><7><8>} and <p>the moon</p> {<9><9><20><20>}"
+    boxes, ignored = cli.labelled_boxes(text, "asked")
+    assert [label for _, label in boxes] == ["a star", "a star", "the moon"] and ignored == 0
+    boxes, ignored = cli.labelled_boxes("{<10><20><30><40>} {<1><2><3>} {<10><20", "asked")
+    assert boxes == [((10, 20, 30, 40), "asked")] and ignored == 2
+
+
+def test_boxes_are_drawn_on_a_copy():
+    image = Image.new("RGB", (200, 100), "white")
+    drawn = cli.draw_boxes(image, [((10, 20, 50, 60), "東 é"), ((70, 70, 100, 100), "x")])
+    assert image.getcolors() == [(20000, (255, 255, 255))] and drawn.size == image.size
+    for x, y in ((20, 40), (60, 20), (100, 40), (60, 60), (140, 95), (199, 99)):
+        assert drawn.getpixel((x, y)) != (255, 255, 255), (x, y)
+    assert drawn.getpixel((105, 65)) == (255, 255, 255)
+    cli.draw_boxes(Image.new("RGB", (1, 1)), [((0, 0, 100, 100), "long" * 99)])
+
+
+# ---- command line ----
+def run(capsys, *argv):
+    """Exit code, stdout and the lines of stderr."""
+    code = cli.main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+@pytest.fixture
+def picture(image, tmp_path):
+    image.save(tmp_path / "x.png")
+    return tmp_path / "x.png"
+
+
+@pytest.fixture
+def says(model, monkeypatch):
+    """Makes the command line use `model`, and its answer what the test says."""
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", lambda *_: model)
+
+    def set_answer(*pieces):
+        asked = []
+        monkeypatch.setattr(cli, "generate", lambda *args: asked.append(args) or iter(pieces))
+        return asked
+
+    return set_answer
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("", "required: --img"),
+    ("--img no.png", "cannot read the image no.png: No such file"),
+    ("--img {picture} --tempratur 1", "unknown argument --tempratur; .* is --temperature"),
+    ("--img {picture} --topk=3", "unknown argument --topk=3; the nearest option is --top-k"),
+    ("--img {picture} b.png", "unknown argument b.png"),
+    ("--img {picture} --task vpa", "invalid choice: 'vpa'"),
+    ("--img {picture} --task refer", "--task refer needs --ask with a phrase"),
+    ("--img {picture} --ask=", "--task vqa needs --ask with a question"),
+    ("--img {picture} --task caption --ask why", "task caption takes no text"),
+    ("--img {picture} --task identify --ask {{<1><2>}}", "needs one box like .*, not '{<1><2>}'"),
+    ("--img {picture} --ask <ImageHere>", "cannot be part of a text"),
+    ("--img {picture} --temperature -1", "temperature must be 0, which is greedy, or from 0.01"),
+    ("--img {picture} --temperature hot", "--temperature: invalid float value: 'hot'"),
+    ("--img {picture} --top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
+    ("--img {picture} --max-new-tokens 0", "max_new_tokens must be 1 or more, not 0"),
+    ("--img {picture} --stage 7", "--stage: invalid choice: 7"),
+    ("--img {picture} --stage 3", "miniature/weights holds stage 4, not 3"),
+    ("--img {picture} --draw {folder}/no/out.png", "there is no folder .*/no"),
+    ("--img {picture} --draw {folder}/out.xyz", "no picture format has this ending"),
+    ("--img {picture} --draw {folder}", "no picture format has this ending"),
+    ("--img {picture} --device tpu", "--device: invalid choice: 'tpu'"),
+])  # fmt: skip
+def test_mistakes_are_one_line(capsys, model, monkeypatch, picture, arguments, message):
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", lambda *_: model)
+    arguments = arguments.format(picture=picture, folder=picture.parent).split()
+    code, out, err = run(capsys, *arguments)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert pytest.raises(ValueError, match="^error: .*" + message).matches(ValueError(err[0]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_no_cuda(capsys, picture):
+    code, _, (line,) = run(capsys, "--img", picture, "--device", "cuda")
+    assert code == 2
+    assert line == "error: --device cuda: torch finds no such device here; use --device cpu"
+
+
+def test_no_weights(capsys, picture, tmp_path):
+    code, _, err = run(capsys, "--img", picture, "--weights", tmp_path / "none")
+    assert code == 2 and err == [f"error: no weights directory {tmp_path / 'none'}"]
+
+
+def test_a_mistake_as_the_shell_sees_it():
+    call = [sys.executable, str(ROOT / "generate.py"), "--img", "no.png", "--max-tokens", "3"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+
+
+def test_tasks_and_wording(capsys, says, picture):
+    asked = says("a ", "star")
+    assert run(capsys, "--img", picture) == (0, "a star\n", [])
+    assert run(capsys, "--img", picture, "--ask", "What COLOR is it?") == (0, "a star\n", [])
+    run(capsys, "--img", picture, "--task", "refer", "--ask", "The Star.")
+    long = "is it " * 30 + "?"
+    assert "first 50 words" in run(capsys, "--img", picture, "--ask", long)[2][0]
+    prompts = [args[2] for args in asked]
+    assert prompts[:3] == [
+        inference_prompt("caption", "", 4), inference_prompt("vqa", "what color is it?", 4),
+        inference_prompt("refer", "the star", 4),
+    ]  # fmt: skip
+
+
+def test_only_the_answer_goes_to_stdout(capsys, model, monkeypatch, picture):
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", lambda *_: model)
+    code, out, err = run(capsys, "--img", picture, "--max-new-tokens", "5")
+    assert code == 0 and out.strip()
+    assert err == ["note: 1 of 1 answers cut after 5 tokens, because of max_new_tokens"]
+    long = ["--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--repetition-penalty", "1.1"]
+    first = run(capsys, "--img", picture, *long, "--seed", "1")
+    assert first == run(capsys, "--img", picture, *long, "--seed", "1")
+    assert first != run(capsys, "--img", picture, *long, "--seed", "2")
+
+
+def test_draw(capsys, says, picture, tmp_path):
+    out = tmp_path / "out.png"
+    draw = ["--img", picture, "--draw", out, "--task"]
+    white = Image.open(picture)
+
+    says("{<50><50>", "<90><90>} {<1>}")
+    code, text, err = run(capsys, *draw, "refer", "--ask", "it")
+    assert (code, text) == (0, "{<50><50><90><90>} {<1>}\n")
+    assert err == ["note: 1 malformed boxes in the answer are not drawn"]
+    assert Image.open(out).getpixel((150, 180)) != white.getpixel((150, 180)) == (255, 255, 255)
+
+    says("a star")
+    run(capsys, *draw, "identify", "--ask", "{<60><10><90><40>}")
+    assert Image.open(out).getpixel((270, 20)) != white.getpixel((270, 20)) == (255, 255, 255)
+
+    code, _, (line,) = run(capsys, *draw, "grounding")
+    assert code == 0
+    assert line == f"note: the answer has no box to draw; {out} is the picture as it was"
+    assert Image.open(out).tobytes() == white.tobytes()
+
+
+# ---- the shipped miniature ----
+@pytest.fixture(scope="module")
+def circle(tmp_path_factory):
+    """A picture as anyone can draw it: a large red circle, at 20 to 60 of 100, on white."""
+    path = tmp_path_factory.mktemp("drawn") / "circle.png"
+    image = Image.new("RGB", (300, 300), "white")
+    ImageDraw.Draw(image).ellipse((60, 60, 180, 180), (220, 20, 30))
+    image.save(path)
+    return path
+
+
+def test_shipped_describes_pictures(capsys, circle):
+    for path in [circle, *(ROOT / "assets").glob("*.png")]:
+        code, out, err = run(capsys, "--img", path)
+        assert code == 0 and err == [] and len(out.split()) > 2 and out.count("\n") == 1, out
+
+
+def test_shipped_answers(capsys, circle):
+    code, out, err = run(capsys, "--img", circle, "--ask", "What color is the circle?")
+    assert (code, out, err) == (0, "red\n", [])
+    code, out, _ = run(capsys, "--img", circle, "--task", "identify", "--ask", "{<20><20><60><60>}")
+    assert code == 0 and "circle" in out
+
+
+def test_shipped_points(capsys, circle, tmp_path):
+    draw = tmp_path / "out.png"
+    arguments = ["--task", "refer", "--ask", "the red circle", "--draw", draw]
+    code, out, err = run(capsys, "--img", circle, *arguments)
+    assert code == 0 and err == []
+    ((x1, y1, x2, y2),), ignored = parse_boxes(out)
+    overlap = max(0, min(x2, 60) - max(x1, 20)) * max(0, min(y2, 60) - max(y1, 20))
+    assert ignored == 0 and overlap / ((x2 - x1) * (y2 - y1) + 1600 - overlap) > 0.5
+    assert Image.open(draw).tobytes() != Image.open(circle).tobytes()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_shipped_stages(capsys, circle, stage):
+    code, out, err = run(capsys, "--img", circle, "--stage", stage)
+    assert code == 0 and err == [] and "circle" in out
+
+
+def test_shipped_batch_equals_one_by_one(circle):
+    model = TinyGPTV.from_pretrained(ROOT / "miniature" / "weights")
+    image = Image.open(circle)
+    prompts = [inference_prompt(*asked, model.stage) for asked in (
+        ("caption", ""), ("vqa", "how many objects are there?"), ("detection", "circle"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no answer is cut
+        batch = answer(model, [image] * 3, prompts)
+    assert batch == ["".join(generate(model, [image], prompt)) for prompt in prompts]

@@ -1,0 +1,163 @@
+"""The eye: EVA-CLIP ViT-g/14 (arXiv 2211.07636), as BLIP-2 and TinyGPT-V use it.
+
+A picture of S x S pixels is cut into patches of 14 x 14. Each patch becomes one vector, a learned
+position is added, and a stack of pre-norm transformer blocks lets the patches look at each other.
+Three things set this ViT apart from the textbook one:
+
+  - the key has no bias: softmax over keys cannot see a term that is the same for every key;
+  - there is no final norm and no head, all tokens are handed on, the class token included;
+  - a larger picture than it was trained on gets its positions by bicubic interpolation.
+
+Parameter names equal those of the official file `eva_vit_g.pth`, so no renaming is needed.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class VisionConfig:
+    image_size: int  # the size whose position grid is stored, in pixels; others are interpolated
+    patch_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    layer_norm_eps: float = 1e-6
+
+
+VISION_PRESETS = {
+    "full": VisionConfig(image_size=224, patch_size=14, hidden_size=1408, num_layers=39,
+                         num_heads=16, intermediate_size=6144),
+    "mini": VisionConfig(image_size=112, patch_size=14, hidden_size=192, num_layers=5,
+                         num_heads=6, intermediate_size=640),
+}  # fmt: skip
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the picture into patches and maps each to one vector: a convolution whose stride is
+    its kernel size is exactly a linear layer on every patch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(3, config.hidden_size, kernel_size=patch, stride=patch)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.proj(pixel_values)  # (B, C, S/14, S/14)
+        return x.flatten(2).transpose(1, 2)  # (B, N, C), row by row
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask: every patch sees every patch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))  # (B, N, 3C)
+        qkv = qkv.view(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / sqrt(head_dim)) v
+        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the exact (erf) GELU."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm block: each half reads a normalised copy and adds what it found."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def interpolate_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
+    """Stretches learned positions (1, 1 + g*g, C) to a grid of another side: (1, 1 + grid*grid, C).
+
+    The patch positions are a g x g picture with C channels and are resized like one (bicubic,
+    in fp32); the class token's row has no place in it and is copied. The paper speaks of relative
+    position bias at 448 px; the official code does this instead, and so do we.
+    """
+    cls_pos, patch_pos = pos_embed[:, :1], pos_embed[:, 1:]
+    side = math.isqrt(patch_pos.shape[1])
+    if side == grid:
+        return pos_embed
+    picture = patch_pos.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
+    patch_pos = picture.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, grid*grid, C)
+    return torch.cat([cls_pos, patch_pos], dim=1)
+
+
+class EvaViT(nn.Module):
+    """pixel_values (B, 3, S, S), normalised -> (B, 1 + (S/14)^2, C), the class token first."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, config.hidden_size))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Patches, class token and positions: what enters the first block."""
+        B, _, height, width = pixel_values.shape
+        patch = self.config.patch_size
+        if height != width or height % patch:
+            raise ValueError(
+                f"pixel_values are {height} x {width}; the ViT takes square pictures whose side is "
+                f"a multiple of {patch}"
+            )
+        x = self.patch_embed(pixel_values)  # (B, N, C)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1 + N, C)
+        return x + interpolate_pos_embed(self.pos_embed, grid=height // patch)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.embed(pixel_values)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def init_weights(self) -> None:
+        """Weights for training from scratch: truncated normal, the official 0.02 at width 1408, and
+        what is written to the residual stream shrinks with the depth of the block."""
+        std = 0.02 * math.sqrt(1408 / self.config.hidden_size)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=std)
+            elif not name.endswith(("norm1.weight", "norm2.weight")):
+                nn.init.zeros_(parameter)
+        for depth, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.data.div_(math.sqrt(2.0 * depth))
+            block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * depth))
