@@ -12,14 +12,13 @@ where only the answer has labels; `collate` pads rows to a batch; `RecordDataset
 """
 
 import codecs
-import itertools
 import json
 import os.path
 import random
 import re
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -516,30 +515,3 @@ class RecordDataset(Dataset):
             self._epoch = epoch
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
         return self.records[self._order[place]]
-
-
-class MixtureDataset(Dataset):
-    """Several datasets as one; a key is (which dataset, position in it)."""
-
-    def __init__(self, datasets: list[Dataset]):
-        self.datasets = datasets
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return self.datasets[key[0]][key[1]]
-
-
-def mixture_batches(
-    ratios: Sequence[float], batch_sizes: Sequence[int], seed: int, start: int = 0,
-    rank: int = 0, world_size: int = 1,
-) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
-    """Keys of a MixtureDataset, one list a step, from step `start` on, for ever.
-
-    Each step draws one dataset with probability ratio / sum of ratios and takes its next
-    batch_size * world_size positions, of which a process gets every world_size-th.
-    """
-    rng, used = random.Random(seed), [0] * len(ratios)
-    for step in itertools.count():
-        which = rng.choices(range(len(ratios)), ratios)[0]
-        first, used[which] = used[which], used[which] + batch_sizes[which] * world_size
-        if step >= start:
-            yield [(which, place) for place in range(first + rank, used[which], world_size)]

@@ -189,7 +189,7 @@ def prepare(
     device = model.phi.lm_head.weight.device
     pixels = [preprocess(image, model.image_size) for own in images for image in own]
     image_embeds = model.encode_images(torch.stack(pixels).to(device)) if pixels else None
-    inputs_embeds = model.embed(batch["input_ids"].to(device), image_embeds)
+    inputs_embeds = model.phi.embed(batch["input_ids"].to(device), image_embeds)
     return inputs_embeds, batch["attention_mask"].to(device)
 
 

@@ -14,6 +14,7 @@ LayerNorm on queries and keys, and RMSNorm on what attention returns.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ PHI_PRESETS = {
     "full": PhiConfig(vocab_size=51200, hidden_size=2560, num_layers=32, num_heads=32,
                       intermediate_size=10240),
     "mini": PhiConfig(vocab_size=832, hidden_size=192, num_layers=6, num_heads=6,
-                      intermediate_size=768, max_position_embeddings=512, resid_dropout=0.0),
+                      intermediate_size=768, max_position_embeddings=512,
+                      partial_rotary_factor=0.5, resid_dropout=0.0),
 }  # fmt: skip
 
 
@@ -195,7 +197,7 @@ class Block(nn.Module):
         return x + self.resid_dropout(attended) + self.resid_dropout(self.mlp(h))
 
 
-def attention_mask_4d(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+def causal_mask(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
     """(1 or B, 1, T, S), True where the last T of S tokens may look: at themselves and back,
     never at padding. `attention_mask` (B, S) is 1 on real tokens."""
     positions = torch.arange(S, device=device)
@@ -219,6 +221,21 @@ class Phi(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
+    def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
+        """Token embeddings (B, T, hidden_size), the places of pictures filled with theirs in order.
+
+        Raises ValueError when the pictures do not fill those places exactly.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID
+        places = int(is_image.sum())
+        available = 0 if image_embeds is None else image_embeds[..., 0].numel()
+        if places != available:
+            raise ValueError(f"the prompt has {places} image places, the pictures fill {available}")
+        embeds = self.embed_tokens(input_ids.clamp(min=0))
+        if image_embeds is None:
+            return embeds
+        return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
+
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -239,7 +256,7 @@ class Phi(nn.Module):
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary_dim = int(self.config.partial_rotary_factor * head_dim)
         cos, sin = rotary_cos_sin(position_ids, rotary_dim, self.config.rope_theta)
-        mask = attention_mask_4d(attention_mask, T, past + T, device)
+        mask = causal_mask(attention_mask, T, past + T, device)
         x = inputs_embeds
         for block in self.layers:
             x = block(x, cos, sin, mask, cache, maps)
@@ -256,10 +273,11 @@ class Phi(nn.Module):
         return F.cross_entropy(logits.float(), targets[labelled])
 
     def init_weights(self) -> None:
-        """Weights for training from scratch: normal of 0.02, biases zero, norms one."""
+        """Weights for training from scratch: normal, Phi-2's 0.02 at width 2560; biases zero."""
+        std = 0.02 * math.sqrt(2560 / self.config.hidden_size)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=std)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
@@ -333,21 +351,6 @@ class TinyGPTV(nn.Module):
         """(num_images, 3, S, S) -> (num_images, num_queries, hidden_size of Phi)."""
         return self.projector(self.qformer(self.visual_encoder(pixel_values), maps))
 
-    def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
-        """Token embeddings (B, T, hidden_size), the places of pictures filled with theirs in order.
-
-        Raises ValueError when the pictures do not fill those places exactly.
-        """
-        is_image = input_ids == IMAGE_TOKEN_ID
-        places = int(is_image.sum())
-        available = 0 if image_embeds is None else image_embeds[..., 0].numel()
-        if places != available:
-            raise ValueError(f"the prompt has {places} image places, the pictures fill {available}")
-        embeds = self.phi.embed_tokens(input_ids.clamp(min=0))
-        if image_embeds is None:
-            return embeds
-        return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
-
     def forward(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor,
         pixel_values: Tensor | None = None,
@@ -358,7 +361,7 @@ class TinyGPTV(nn.Module):
         pixel_values (num_images, 3, S, S), as many as input_ids has places for.
         """
         image_embeds = None if pixel_values is None else self.encode_images(pixel_values)
-        return self.phi.loss(self.embed(input_ids, image_embeds), attention_mask, labels)
+        return self.phi.loss(self.phi.embed(input_ids, image_embeds), attention_mask, labels)
 
     @classmethod
     def from_pretrained(
@@ -376,11 +379,11 @@ class TinyGPTV(nn.Module):
         config = ModelConfig.from_dict(description)
         with torch.device("meta"):  # no memory for weights that the files are about to bring
             model = cls(config)
-        backbones = folder / description.get("backbones", ".")
+        model.backbones = folder / description.get("backbones", ".")
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state: dict[str, Tensor] = {}
         for name, prefix in BACKBONE_FILES.items():
-            state |= read_tensors(backbones / name, prefix, expected)
+            state |= read_tensors(model.backbones / name, prefix, expected)
         if (folder / "model.safetensors").exists():
             state |= read_tensors(folder / "model.safetensors", "", expected)
         else:
@@ -389,7 +392,7 @@ class TinyGPTV(nn.Module):
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
         model.load_state_dict(state, assign=True)
-        model.tokenizer = Tokenizer(backbones)
+        model.tokenizer = Tokenizer(model.backbones)
         return model.to(device).eval()
 
 
@@ -455,14 +458,15 @@ def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
     return {f"projector.{name}": t for name, t in Projector(config).state_dict().items()}
 
 
-def save_checkpoint(model: TinyGPTV, folder: Path, backbones: Path) -> None:
+def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
     """Writes config.json and model.safetensors, the trainable tensors only, each first to a
-    temporary file, so that a crash never leaves half of one."""
+    temporary file, so that a crash never leaves half of one. The frozen tensors stay where they
+    are, in `model.backbones`, to which config.json points."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
     save_file(state, folder / "model.safetensors.tmp")
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    description = asdict(model.config) | {"backbones": os.path.relpath(backbones, folder)}
+    description = asdict(model.config) | {"backbones": os.path.relpath(model.backbones, folder)}
     text = json.dumps(description, indent=2)
     (folder / "config.json.tmp").write_text(text + "\n", "utf-8")
     os.replace(folder / "config.json.tmp", folder / "config.json")

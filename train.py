@@ -11,25 +11,29 @@ Everything after `train.py` is a field of TrainConfig as key=value. What each st
     3  the same, on few but detailed descriptions                             one kind of request
     4  the same, at doubled resolution                                        all tasks, with tags
 
-ViT, Q-Former and Phi's own weights stay frozen throughout: of 3.9 billion parameters 45 million move.
+ViT, Q-Former and Phi's own weights stay frozen throughout: 45 million parameters of 3.9 billion
+move. Stage 1 begins from the backbones, every other stage from the one before it.
 """
 
 import difflib
+import itertools
 import json
 import math
+import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import MixtureDataset, RecordDataset, collate, mixture_batches, read_records
+from data import RecordDataset, collate, read_records
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import TinyGPTV, save_checkpoint
@@ -132,6 +136,33 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # ---- data ----
 
 
+class MixtureDataset(Dataset):
+    """Several datasets as one; a key is (which dataset, position in it)."""
+
+    def __init__(self, datasets: list[Dataset]):
+        self.datasets = datasets
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return self.datasets[key[0]][key[1]]
+
+
+def mixture_batches(
+    ratios: Sequence[float], batch_sizes: Sequence[int], seed: int, start: int = 0,
+    rank: int = 0, world_size: int = 1,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+    """Keys of a MixtureDataset, one list a step, from step `start` on, for ever.
+
+    Each step draws one dataset with probability ratio / sum of ratios and takes its next
+    batch_size * world_size positions, of which a process gets every world_size-th.
+    """
+    rng, used = random.Random(seed), [0] * len(ratios)
+    for step in itertools.count():
+        which = rng.choices(range(len(ratios)), ratios)[0]
+        first, used[which] = used[which], used[which] + batch_sizes[which] * world_size
+        if step >= start:
+            yield [(which, place) for place in range(first + rank, used[which], world_size)]
+
+
 def batches(config: TrainConfig, schedule: Schedule, model: TinyGPTV) -> Iterator[dict]:
     """Batches for ever, made in worker processes while the model computes."""
     encoding = (config.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries)
@@ -141,10 +172,9 @@ def batches(config: TrainConfig, schedule: Schedule, model: TinyGPTV) -> Iterato
         records = read_records(config.data)
         datasets, ratios = [RecordDataset(records, *encoding, seed=config.seed)], [1.0]
     keys = mixture_batches(ratios, [schedule.batch_size] * len(ratios), config.seed)
-    pad_id = model.tokenizer.pad_token_id
     loader = DataLoader(
         MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
-        collate_fn=lambda rows: collate(rows, pad_id),
+        collate_fn=partial(collate, pad_id=model.tokenizer.pad_token_id),
     )  # fmt: skip
     return iter(loader)
 
@@ -163,9 +193,12 @@ def train(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     out = Path(config.out or f"runs/stage{config.stage}")
     model = TinyGPTV.from_pretrained(config.weights, config.stage - 1, config.device)
+    if model.stage not in (config.stage - 1, config.stage):
+        begins = f"stage {config.stage} begins from stage {config.stage - 1}"
+        raise ValueError(f"{config.weights} holds stage {model.stage}; {begins}")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
-    model.to(config.device).train()
+    model.to(config.device).train()  # to the device again: LoRA is new
     schedule = SCHEDULES[config.preset][config.stage]
     schedule.batch_size = config.batch_size or schedule.batch_size
     if config.steps:
@@ -184,7 +217,7 @@ def train(config: TrainConfig) -> None:
             batch = log.wait_for(stream)
             loss, grad_norm = train_step(model, optimizer, to_device(batch, config.device), lr)
             log.write(bar, batch, loss=loss, lr=lr, grad_norm=grad_norm)
-        save_checkpoint(model, out, Path(config.weights))
+        save_checkpoint(model, out)
     print(log.closing_words())
     print(f"saved {out}/model.safetensors; try: python generate.py --weights {out} --img x.jpg")
 
@@ -242,8 +275,9 @@ class RunLog:
             bar.write(f"skipped: {reason}")
         tokens = int(batch["attention_mask"].sum())
         record = {
-            "step": self.steps, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-            "tokens_per_second": tokens / seconds, "peak_memory_gb": peak_memory_gb(),
+            "step": self.steps, "loss": round(loss, 4), "lr": lr, "grad_norm": round(grad_norm, 4),
+            "tokens_per_second": round(tokens / seconds), "seconds": round(now - self.began, 1),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
         }  # fmt: skip
         print(json.dumps(record), file=self.file, flush=True)
         samples = len(batch["input_ids"]) / seconds
@@ -251,7 +285,8 @@ class RunLog:
 
     def closing_words(self) -> str:
         seconds = time.time() - self.began
-        words = f"{self.steps} steps in {seconds:.0f} s, {self.waited / seconds:.0%} of it waiting for data"
+        waited = f"{self.waited / seconds:.0%} of it waiting for data"
+        words = f"{self.steps} steps in {seconds:.0f} s, {waited}"
         if self.truncated:
             words += f"; {self.truncated} answers were cut at the stage's longest length"
         if self.skipped:
@@ -292,7 +327,8 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         try:
             setattr(config, key, types[key](value))
         except ValueError:
-            raise ValueError(f"{argument}: {value!r} is not of type {types[key].__name__}") from None
+            kind = types[key].__name__
+            raise ValueError(f"{argument}: {value!r} is not of type {kind}") from None
     if config.stage not in (1, 2, 3, 4):
         raise ValueError(f"stage={config.stage}: say stage=1, 2, 3 or 4")
     if config.preset not in SCHEDULES:

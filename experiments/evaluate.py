@@ -7,12 +7,10 @@
 
 Read it from the leaves to the root:
 
-    objects, only_boxes, num_matched    what an answer says, read strictly
-    score                               one answer against its record: hits and chances
-    world_pictures, file_pictures       pictures with their records
-    encode, ask                         each picture is encoded once for all its questions
-    evaluate                            hits / chances of every metric
-    main                                the command line; its last line is JSON, kept in results/
+    world_pictures, file_pictures    pictures with their records
+    encode, ask                      each picture is encoded once for all of its questions
+    score_pictures, evaluate         answers are counted by experiments/scores.py
+    main                             its last line is JSON, which is kept in experiments/results/
 
 Prompts are worded as generate.py words them, answers are greedy. Stages 1 to 3 know one request,
 to describe: they are scored on that alone, and their other metrics are null.
@@ -21,7 +19,6 @@ to describe: they are scored on that alone, and their other metrics are null.
 import difflib
 import json
 import random
-import re
 import sys
 import time
 from collections import Counter
@@ -38,9 +35,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import STAGES, caption_text, encode_prompt, format_box, inference_prompt
-from data import left_pad_collate, load_image, parse_boxes, preprocess, read_records
-from generate import Answer, BoxLabel, generate_ids, labelled_boxes
+from data import STAGES, encode_prompt, format_box, inference_prompt
+from data import left_pad_collate, load_image, preprocess, read_records
+from experiments.scores import Count, metrics, score
+from generate import Answer, asked_text, generate_ids
 from miniature import world
 from model import TinyGPTV
 
@@ -65,96 +63,6 @@ class Config:
 
 
 ONLY_FOR = {"world": ("n", "seed", "split"), "jsonl": ("data",)}
-
-# ---- what an answer says ----
-PHRASE = " ".join(f"({'|'.join(words)})" for words in world.ATTRIBUTES.values())
-ZONE = "|".join(zone for row in world.ZONES for zone in row)
-OBJECT = re.compile(rf"an? (?P<phrase>{PHRASE})( is (in|on|at) the ({ZONE}))?")
-OPENING = re.compile(r"the picture shows \w+ objects?")
-Box = tuple[float, float, float, float]
-
-
-def objects(description: str) -> tuple[Counter[str], Counter[str]]:
-    """The objects of a caption, or of a description in sentences, each as "large red solid
-    circle"; and what is said in any other words, which is wrong where the world is meant."""
-    named: Counter[str] = Counter()
-    other: Counter[str] = Counter()
-    for part in re.split(r"\.(?:\s+|$)|,? and |, ", " ".join(description.lower().split())):
-        if match := OBJECT.fullmatch(part):
-            named[match["phrase"]] += 1
-        elif part and not OPENING.fullmatch(part):
-            other[part] += 1
-    return named, other
-
-
-def only_boxes(answer: str) -> list[Box]:
-    """The boxes of an answer that is made of boxes and <delim> alone; else none."""
-    boxes, malformed = parse_boxes(answer)
-    rest = re.sub(r"\{[^{}]*\}|<delim>", "", answer).strip()
-    return [] if malformed or rest else boxes
-
-
-def iou(a: Box, b: Box) -> float:
-    """What two boxes (x1, y1, x2, y2) have in common, over what they cover together."""
-    width, height = (max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
-    return width * height / (sum(areas) - width * height) if width * height else 0.0
-
-
-def num_matched(said: list[BoxLabel], true: list[BoxLabel]) -> int:
-    """How many boxes find a partner with the same label and IoU >= 0.5, the best pairs first."""
-    pairs = [(iou(a, b), i, j) for i, (a, label) in enumerate(said)
-             for j, (b, other) in enumerate(true) if label == other]  # fmt: skip
-    used: tuple[set[int], set[int]] = set(), set()
-    for overlap, i, j in sorted(pairs, reverse=True):
-        if overlap >= 0.5 and i not in used[0] and j not in used[1]:
-            used[0].add(i)
-            used[1].add(j)
-    return len(used[0])
-
-
-# ---- one answer against its record ----
-Counts = dict[str, tuple[int, int]]  # metric: hits, chances
-
-
-def score(record: dict, answer: str, size: tuple[int, int]) -> Counts:
-    """Hits and chances of one answer. size: (width, height) of the picture.
-
-    Of an F1, these are twice the matches, and all that was said plus all that is true.
-    """
-    task = record["task"]
-    if task == "caption":
-        return score_caption(record["caption"], answer)
-    if task == "vqa":
-        right = caption_text(answer) in map(caption_text, record["answers"])
-        return {f"vqa {record.get('kind', 'other')}": (int(right), 1)}
-    if task == "identify":
-        return {task: (int(caption_text(answer) == caption_text(record["phrase"])), 1)}
-    if task == "grounding":
-        true, _ = labelled_boxes(record["caption"], "")
-        said, malformed = labelled_boxes(answer, "")
-        boxless = max(0, answer.count("<p>") - len(said) - malformed)  # phrases
-        wrong = malformed + boxless
-    else:
-        percent = [100 / side for side in size * 2]
-        true = [(tuple(v * p for v, p in zip(box, percent)), "") for box in record["boxes"]]
-        boxes, wrong = (only_boxes(answer), 0) if task == "refer" else parse_boxes(answer)
-        said = [(box, "") for box in boxes]
-    matched = num_matched(said, true)
-    if task == "refer":
-        return {"refer_iou50": (int(matched == len(said) == len(true)), 1)}
-    return {f"{task}_f1": (2 * matched, len(said) + wrong + len(true))}
-
-
-def score_caption(caption: str, answer: str) -> Counts:
-    """By objects, where the true caption is in the world's words; else by exact wording."""
-    (said, other), (true, foreign) = objects(answer), objects(caption)
-    if foreign or not true:
-        return {"caption_exact": (int(caption_text(answer) == caption_text(caption)), 1)}
-    chances = said.total() + other.total() + true.total()
-    exact = said == true and not other
-    return {"caption_f1": (2 * (said & true).total(), chances), "caption_exact": (int(exact), 1)}
-
 
 # ---- pictures with their records ----
 Picture = tuple[Image.Image, list[dict]]
@@ -189,11 +97,9 @@ def prompt_for(record: dict, size: tuple[int, int], stage: int) -> str:
     except ValueError as error:
         raise ValueError(f"{record['image']}: {error}") from error
     task = record["task"]
-    if task in ("vqa", "refer"):
-        text = caption_text(record["question" if task == "vqa" else "phrase"])
-    else:
-        text = {"identify": "".join(boxes), "detection": record.get("phrase")}.get(task, "")
-    return inference_prompt(task, text, stage)
+    field = {"vqa": "question", "refer": "phrase", "detection": "phrase"}.get(task)
+    text = "".join(boxes) if task == "identify" else record.get(field)
+    return inference_prompt(task, asked_text(task, text), stage)
 
 
 # ---- questions and answers ----
@@ -215,12 +121,13 @@ def ask(
     model: TinyGPTV, image_embeds: Tensor, prompts: list[str], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
     """Greedy answers to prompts about one picture each, and whether each was cut: generate.answer
-    for pictures that are encoded already. image_embeds (num_prompts, num_queries, hidden_size)."""
+    for encoded pictures. image_embeds (num_prompts, num_queries, hidden_size)."""
     tokenizer, num_queries = model.tokenizer, image_embeds.shape[1]
     rows = [[tokenizer.bos_token_id] + encode_prompt(prompt, tokenizer, num_queries, 1)
             for prompt in prompts]  # fmt: skip
     batch = left_pad_collate(rows, tokenizer.pad_token_id)
-    inputs_embeds = model.embed(batch["input_ids"], image_embeds)  # (num_prompts, T, hidden_size)
+    # (num_prompts, T, hidden_size)
+    inputs_embeds = model.phi.embed(batch["input_ids"], image_embeds)
     mask, num_ids = batch["attention_mask"], len(tokenizer)
     answers = [Answer(tokenizer, STAGES[model.stage].end_sym) for _ in prompts]
     for ids, _ in generate_ids(model.phi, inputs_embeds, mask, max_new_tokens, num_ids=num_ids):
@@ -228,27 +135,29 @@ def ask(
             answer.push(token_id)
         if all(answer.finished for answer in answers):
             break
-    # `close` shows what was held back, in case it was the beginning of the end symbol.
-    return [(answer.shown + answer.close(), cut)
-            for answer, cut in [(a, not a.finished) for a in answers]]  # fmt: skip
+    cut = [not answer.finished for answer in answers]
+    return [(answer.shown + answer.close(), is_cut) for answer, is_cut in zip(answers, cut)]
 
 
-def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> Iterator[Counts]:
+def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> Iterator[Count]:
     """Scores all answers about some pictures. Questions alike share a batch, which ends early."""
     images = [image for image, _ in pictures]
     if config.blind:
         images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
     image_embeds = encode(model, images, config.batch_size)
-    questions = [(record["task"], prompt_for(record, images[place].size, model.stage), place, record)
-                 for place, (_, records) in enumerate(pictures)
-                 for record in records if can_ask(record, model.stage)]  # fmt: skip
+    questions = []
+    for place, (image, records) in enumerate(pictures):
+        for record in (record for record in records if can_ask(record, model.stage)):
+            prompt = prompt_for(record, image.size, model.stage)
+            questions.append((record["task"], prompt, place, record))
     questions.sort(key=lambda question: (question[0], len(question[1])))
     for task, alike in groupby(questions, key=lambda question: question[0]):
         for batch in groups_of(config.batch_size, alike):
             _, prompts, places, records = zip(*batch)
             answers = ask(model, image_embeds[list(places)], prompts, TASKS[task])
             for record, place, (answer, cut) in zip(records, places, answers):
-                yield score(record, answer, images[place].size) | {f"cut {task}": (int(cut), 1)}
+                yield f"cut {task}", int(cut), 1
+                yield from score(record, answer, images[place].size)
 
 
 # ---- all of them ----
@@ -267,41 +176,30 @@ def evaluate(config: Config) -> dict:
         asked = [record for record in records if can_ask(record, model.stage)]
         if not asked:
             raise ValueError(f"{config.data}: stage {model.stage} is not scored on such records")
-        left_out = Counter(r["task"] for r in records if not can_ask(r, model.stage))
-        about |= {"data": Path(config.data).name, "n": len({r["image"] for r in asked}),
-                  "not_asked": dict(left_out)}  # fmt: skip
+        left_out = Counter(record["task"] for record in records)
+        left_out.subtract(record["task"] for record in asked)
+        about |= {"data": Path(config.data).name, "n": len({record["image"] for record in asked}),
+                  "not_asked": dict(+left_out)}  # fmt: skip
         pictures = file_pictures(asked)
-    totals: Counts = {}
+    hits: Counter[str] = Counter()
+    chances: Counter[str] = Counter()
     bar = tqdm(total=about["n"], desc="pictures")
     for group in groups_of(4 * config.batch_size, pictures):
-        for counts in score_pictures(model, group, config):
-            for name, (hits, chances) in counts.items():
-                earlier = totals.get(name, (0, 0))
-                totals[name] = earlier[0] + hits, earlier[1] + chances
+        for name, hit, chance in score_pictures(model, group, config):
+            hits[name] += hit
+            chances[name] += chance
         bar.update(len(group))
-    return about | metrics(totals) | {"seconds": round(time.time() - began)}
-
-
-def metrics(totals: Counts) -> dict:
-    """Hits / chances by metric, null where nothing was asked."""
-    share = {name: round(hits / chances, 4) for name, (hits, chances) in totals.items()}
-    kinds = dict.fromkeys([*world.VQA_KINDS, *(n[4:] for n in share if n.startswith("vqa "))])
-    vqa = {kind: share.get(f"vqa {kind}") for kind in kinds}
-    known = [value for value in vqa.values() if value is not None]
-    vqa["mean"] = round(sum(known) / len(known), 4) if known else None
-    names = ("caption_f1", "caption_exact", "refer_iou50", "identify", "detection_f1",
-             "grounding_f1")  # fmt: skip
-    cut = {name[4:]: counts for name, counts in totals.items() if name.startswith("cut ")}
-    return {name: share.get(name) for name in names} | {
-        "vqa": vqa,
-        "questions": {task: chances for task, (_, chances) in cut.items()},
-        "answers_cut": sum(hits for hits, _ in cut.values()),
+    asked_by_task = {task: chances[f"cut {task}"] for task in TASKS if f"cut {task}" in chances}
+    return about | metrics(hits, chances) | {
+        "questions": asked_by_task,
+        "answers_cut": sum(hits[f"cut {task}"] for task in TASKS),
+        "seconds": round(time.time() - began),
     }
 
 
 # ---- the command line ----
 def parse_arguments(arguments: list[str]) -> Config:
-    """key=value pairs. Raises ValueError for what no field takes, or not in this bench."""
+    """key=value pairs -> Config. Raises ValueError for what no field takes."""
     types = {field.name: field.type for field in fields(Config)}
     given: dict = {}
     for argument in arguments:
@@ -312,20 +210,56 @@ def parse_arguments(arguments: list[str]) -> Config:
         try:
             given[key] = types[key](value)
         except ValueError:
-            raise ValueError(f"{argument}: {value!r} is not of type {types[key].__name__}") from None
+            wanted = types[key].__name__
+            raise ValueError(f"{argument}: {value!r} is not of type {wanted}") from None
     config = Config(**given)
-    if config.bench not in ONLY_FOR:
-        raise ValueError(f"bench={config.bench}: choose from {', '.join(ONLY_FOR)}")
+    check(config, given)
+    return config
+
+
+def check(config: Config, given: dict) -> None:
+    """Raises ValueError for a value out of range, or an option that the bench would not use."""
+    for key, values in (("bench", tuple(ONLY_FOR)), ("split", tuple(world.SPLITS))):
+        if getattr(config, key) not in values:
+            raise ValueError(f"{key}={getattr(config, key)}: choose from {', '.join(values)}")
+    for key, most in (("n", SCENES_PER_SEED), ("batch_size", 10**6)):
+        if not 1 <= getattr(config, key) <= most:
+            raise ValueError(f"{key}={getattr(config, key)}: it has to be 1 to {most}")
+    if config.seed < 0 or config.blind not in (0, 1) or config.stage not in range(5):
+        raise ValueError("seed is 0 or more, blind 0 or 1, and stage 1 to 4, or 0 for the last")
     for bench, keys in ONLY_FOR.items():
-        for key in given.keys() & set(keys):
-            if bench != config.bench:
-                raise ValueError(f"{key}=...: only bench={bench} takes it")
+        if bench != config.bench and given.keys() & set(keys):
+            raise ValueError(f"only bench={bench} takes {', '.join(key + '=' for key in keys)}")
     if config.bench == "jsonl" and not config.data:
         raise ValueError("bench=jsonl needs data=FILE, a record file")
-    if config.split not in world.SPLITS:
-        raise ValueError(f"split={config.split}: choose from {', '.join(world.SPLITS)}")
-    for key, least, most in (("n", 1, SCENES_PER_SEED), ("seed", 0, 10**6), ("blind", 0, 1),
-                             ("stage", 0, 4), ("batch_size", 1, 10**6)):  # fmt: skip
-        if not least <= getattr(config, key) <= most:
-            raise ValueError(f"{key}={getattr(config, key)}: it must be {least} to {most}")
-    return config
+
+
+def result_name(config: Config, stage: int) -> str:
+    """The name of the file for the result, with all that is not as usual."""
+    parts = ["world", config.split]
+    if config.bench == "jsonl":
+        parts = [Path(config.data).resolve().parent.name, Path(config.data).stem]
+    parts += [f"stage{stage}"] + ["blind"] * config.blind
+    for key in ("n", "seed", "weights"):
+        if (value := getattr(config, key)) != getattr(Config, key):
+            parts.append(f"{key}-{Path(str(value)).resolve().name}")
+    return "_".join(parts) + ".json"
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config = parse_arguments(arguments)
+        result = evaluate(config)
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    path = RESULTS / result_name(config, result["stage"])
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(f"kept in experiments/results/{path.name}")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

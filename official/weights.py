@@ -3,7 +3,7 @@
 The readable names of this code base and the official ones meet in the tables beside the classes
 (QFORMER_NAMES, PROJECTOR_NAMES, PHI_NAMES; the ViT's names are the official ones). Here the tables
 are put together and used in both directions. Two things are more than a name: Phi-2 comes in three
-layouts, and the official code interleaves the rows of q, k and v by head where we keep three blocks.
+layouts, and the official code interleaves the rows of q, k and v by head, where we keep blocks.
 """
 
 import re

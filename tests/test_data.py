@@ -481,20 +481,3 @@ def test_unusable_records_are_replaced_and_counted(tmp_path, phi):
     rows = dataset(tmp_path, phi, [far])
     with pytest.raises(ValueError, match="cannot be used"):
         rows[0]
-
-
-def test_mixture_takes_every_position_once_in_the_ratio_of_the_datasets():
-    def steps(count, **options):
-        return list(itertools.islice(data.mixture_batches([3, 1], [4, 2], 0, **options), count))
-
-    batches = steps(2000)
-    drawn = [batch[0][0] for batch in batches]
-    assert 1400 < drawn.count(0) < 1600
-    for which, size in ((0, 4), (1, 2)):
-        places = [place for batch in batches for key, place in batch if key == which]
-        assert places == list(range(size * drawn.count(which)))
-    assert steps(500, start=1500) == batches[1500:]  # what a resumed run asks for
-    both = zip(steps(50, world_size=2), steps(50, rank=1, world_size=2))
-    assert all(a[0][0] == b[0][0] and not set(a) & set(b) for a, b in both)
-    mixed = data.MixtureDataset(["abc", "de"])
-    assert [mixed[key] for key in ((0, 2), (1, 0))] == ["c", "d"]

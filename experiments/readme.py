@@ -1,0 +1,110 @@
+"""Writes the numbers of README.md: python experiments/readme.py
+
+Each of its tables and outputs stands between two comments, <!-- name --> and <!-- /name -->, and is
+made anew from experiments/results/ and from the log of each shipped stage.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import TinyGPTV
+from train import set_trainable
+
+LEARNS = {
+    1: "projections, norms of Phi",
+    2: "the same and LoRA",
+    3: "the same",
+    4: "the same, doubled resolution",
+}
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def stage_table() -> str:
+    """One row a stage: what learns, how much of it, how long it took, what the model can do then."""
+    lines = [
+        "| stage | learns | parameters | steps | seconds | caption F1 | VQA | refer | identify "
+        "| detection F1 | grounding F1 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage, learns in LEARNS.items():
+        folder = ROOT / "miniature" / "weights" / f"stage{stage}"
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        model = TinyGPTV.from_pretrained(folder)
+        set_trainable(model)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines.append(
+            f"| {stage} | {learns} | {parameters:,} | {log[-1]['step']} | {log[-1]['seconds']:.0f} | "
+            + " | ".join(metric_cells(result(f"world_test_stage{stage}"))) + " |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def metric_cells(scores: dict) -> list[str]:
+    vqa = scores["vqa"]
+    values = [scores["caption_f1"], vqa and vqa["mean"]]
+    names = ("refer_iou50", "identify", "detection_f1", "grounding_f1")
+    return [cell(value) for value in values + [scores[name] for name in names]]
+
+
+def score_table() -> str:
+    """The last stage on pictures of each kind."""
+    kinds = {
+        "test scenes": "world_test_stage4",
+        "held-out pairs": "world_held_stage4",
+        "test scenes, blind": "world_test_stage4_blind",
+        "foreign pictures": "foreign_records_stage4",
+    }
+    lines = [
+        "| stage 4 on | pictures | caption F1 | VQA | refer | identify | detection F1 | grounding F1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, name in kinds.items():
+        scores = result(name)
+        lines.append(f"| {kind} | {scores['n']} | " + " | ".join(metric_cells(scores)) + " |")
+    kinds_of_vqa = [kind for kind in result("world_test_stage4")["vqa"] if kind != "mean"]
+    lines += ["", "| questions of stage 4 about | " + " | ".join(kinds_of_vqa) + " |",
+              "|---" * (len(kinds_of_vqa) + 1) + "|"]  # fmt: skip
+    for kind, name in list(kinds.items())[:3]:
+        vqa = result(name)["vqa"]
+        lines.append(f"| {kind} | " + " | ".join(cell(vqa[k]) for k in kinds_of_vqa) + " |")
+    return "\n".join(lines)
+
+
+def described() -> str:
+    """What the first command prints."""
+    command = [sys.executable, "generate.py", "--img", "assets/shapes.png"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return f"```\n{run.stdout.strip()}\n```"
+
+
+def put(text: str, name: str, content: str) -> str:
+    """The README with `content` between the comments of that name."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    if not re.search(pattern, text, re.DOTALL):
+        raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+    return re.sub(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text("utf-8")
+    text = put(text, "describe", described())
+    text = put(text, "stages", stage_table() + "\n\n" + score_table())
+    path.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Pre-training of the miniature's Phi, on text alone: see pretrain.py.
+
+Where the picture's 32 vectors will stand, Phi reads the 32 words of the scene written out
+(world.inventory). TinyGPT-V's norms are in place from the first step: put into a finished language
+model they would take away what it can do, and the few steps of a small stage 1 can't repair that.
+"""
+
+import itertools
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from data import IGNORE, IMAGE_PLACEHOLDER, STAGES, Tokenizer, collate, encode_sample, make_sample
+from miniature import world
+from miniature.steps import adamw, learning_rate, optimizer_step, save_half
+from model import PHI_PRESETS, Phi
+
+# How often a turn is of each task, at first and later. To copy numbers from the right place is the
+# hardest to begin with, and everything about boxes needs it: grounding is nothing else.
+FIRST_TASKS = {"grounding": 8, "refer": 2}
+LATER_TASKS = {"vqa": 7, "refer": 5, "identify": 2, "detection": 2, "grounding": 2, "caption": 1}
+ROW_TOKENS = 210  # rows of similar length waste little on padding
+
+
+def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> list[tuple[str, str]]:
+    """A conversation of stage 4 about one scene, one turn a task."""
+    turns = []
+    for task in tasks:
+        record = world.sample_record(scene, rng, task, 100)
+        [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
+        seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
+        turns.append((prompt.replace(seen, "") if turns else prompt, answer))
+    return turns
+
+
+def language_row(scene: world.Scene, turns: list, stage: int, tokenizer: Tokenizer) -> dict:
+    """A row as the stages have it, and the ids of the 32 words that stand for its picture."""
+    words = world.inventory(scene)
+    ids = [tokenizer.encode(word if word.isdigit() else " " + word) for word in words]
+    if any(len(word_ids) != 1 for word_ids in ids):
+        raise ValueError("a word of the inventory is not one token; run part=tokenizer again")
+    row = encode_sample(turns, tokenizer, 1, len(words), 10**6, STAGES[stage].end_sym)
+    return row | {"words": torch.tensor(ids).flatten()}
+
+
+def learn_all_text(row: dict) -> dict:
+    """The row with labels on questions too: a language model is pre-trained on everything, and
+    here it pays. To guess how "the red ..." goes on, one has to find the red object: the same
+    search that every answer needs, and without it it is hardly ever learned."""
+    return row | {"labels": row["input_ids"].masked_fill(row["input_ids"] < 0, IGNORE)}
+
+
+def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    batch = collate(rows, tokenizer.pad_token_id)
+    return batch | {"words": torch.stack([row["words"] for row in rows])}
+
+
+class LanguageScenes(IterableDataset):
+    """Batches of scenes written out, with what stages 1, 3 and 4 will say of them, without end.
+
+    The first `copying` batches are about boxes only, and up to batch `easy` there are at most two
+    objects: to tell two apart is learned before four.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, batch_size: int, copying: int, easy: int):
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.copying, self.easy = copying, easy
+
+    def __iter__(self):
+        worker = get_worker_info()
+        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in itertools.count(index, count):
+            first = 10**8 + number * self.batch_size
+            rows = [self.row(seed, number) for seed in range(first, first + self.batch_size)]
+            yield language_batch(rows, self.tokenizer)
+
+    def row(self, seed: int, number: int) -> dict:
+        most = 2 if number < self.easy else world.MAX_OBJECTS
+        scene, rng = world.sample_scene(seed, "train", most), random.Random(seed)
+        weights = FIRST_TASKS if number < self.copying else LATER_TASKS
+        stage = 4 if number < self.copying else rng.choices((1, 3, 4), (1, 1, 10))[0]
+        if stage == 4:
+            tasks = rng.choices(list(weights), list(weights.values()), k=8)
+            turns = scene_turns(scene, rng, tasks)
+        else:
+            record = world.caption_record(scene) if stage == 1 else world.detail_record(scene)
+            turns = make_sample(record, stage, rng, (100, 100))
+        row = language_row(scene, turns, stage, self.tokenizer)
+        while len(row["input_ids"]) > ROW_TOKENS and len(turns) > 1:
+            turns.pop()
+            row = language_row(scene, turns, stage, self.tokenizer)
+        return learn_all_text(row)
+
+
+def scene_embeds(phi: Phi, places: nn.Embedding, batch: dict[str, Tensor]) -> Tensor:
+    """Embedded rows, with the scene's words where the picture's vectors will be. Each word carries
+    a mark of its place, as each query has a voice of its own; the marks are thrown away."""
+    words = phi.embed_tokens(batch["words"]) + places.weight  # (B, 32, hidden_size)
+    return phi.embed(batch["input_ids"], words)
+
+
+@torch.no_grad()
+def language_probe(
+    phi: Phi, places: nn.Embedding, tokenizer: Tokenizer, split: str, num_scenes: int = 160
+) -> dict:
+    """Share of unseen questions answered exactly, by task, and for refer by number of objects.
+    (All tokens right given the right ones before: the same as a right greedy answer.)"""
+    right: dict[str, list[float]] = {}
+    for task in (*LATER_TASKS, *world.VQA_KINDS):
+        rows, names = [], []
+        for seed in range(10**9, 10**9 + num_scenes):
+            scene, rng = world.sample_scene(seed, split), random.Random(seed)
+            if task in world.VQA_KINDS:
+                record = world.vqa_record(scene, rng, task)
+            else:
+                record = world.sample_record(scene, rng, task, 100)
+            if record is not None:
+                turns = make_sample(record, 4, rng, (100, 100))
+                rows.append(language_row(scene, turns, 4, tokenizer))
+                names.append(f"{task}{len(scene.objects)}" if task == "refer" else task)
+        batch = language_batch(rows, tokenizer)
+        hidden = phi(scene_embeds(phi, places, batch), batch["attention_mask"])
+        labels = batch["labels"][:, 1:]
+        wrong = (phi.lm_head(hidden[:, :-1]).argmax(-1) != labels) & (labels != -100)
+        for name, is_right in zip(names, (~wrong.any(-1)).tolist()):
+            right.setdefault(name, []).append(is_right)
+    return {name: round(sum(found) / len(found), 3) for name, found in sorted(right.items())}
+
+
+def new_phi() -> tuple[Phi, nn.Embedding]:
+    """Phi with random weights, and the marks of the 32 places.
+
+    What is more than `init_weights` balances TinyGPT-V's norms: RMSNorm makes attention's output
+    as large as its weight says, however small the embeddings are that it is added to, and with q
+    and k normalised no score could exceed the root of head_dim.
+    """
+    phi, places = Phi(PHI_PRESETS["mini"]), nn.Embedding(32, PHI_PRESETS["mini"].hidden_size)
+    phi.init_weights()
+    for block in phi.layers:
+        nn.init.constant_(block.post_layernorm.weight, 0.3)
+        nn.init.constant_(block.self_attn.q_layernorm.weight, 2.0)
+        nn.init.constant_(block.self_attn.k_layernorm.weight, 2.0)
+        for linear in (block.self_attn.dense, block.mlp.fc2):
+            linear.weight.data /= math.sqrt(2 * len(phi.layers))
+    nn.init.normal_(phi.embed_tokens.weight, std=0.5)
+    nn.init.normal_(places.weight, std=0.3)
+    phi.lm_head.weight.data = phi.embed_tokens.weight.data * 0.15  # what is read can be said
+    return phi, places
+
+
+def pretrain_language(
+    out: Path, steps: int = 3300, batch_size: int = 16, peak_lr: float = 1.5e-3
+) -> None:
+    """Phi from scratch on text alone; writes phi.safetensors."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(out)
+    phi, places = new_phi()
+    optimizer = adamw([phi, places])
+    scenes = LanguageScenes(tokenizer, batch_size, copying=300, easy=800)
+    loader = iter(DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8))
+    began = time.time()
+    bar = tqdm(range(steps), desc="language")
+    for step in bar:
+        batch = next(loader)
+        with torch.autocast("cpu", torch.bfloat16):
+            inputs_embeds = scene_embeds(phi, places, batch)
+            loss = phi.loss(inputs_embeds, batch["attention_mask"], batch["labels"])
+        optimizer_step(optimizer, loss, learning_rate(step, steps, peak_lr))
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % 300 == 0 or step + 1 == steps:
+            save_half(phi, out / "phi.safetensors")
+            report = {
+                "step": step + 1, "minutes": round((time.time() - began) / 60, 1),
+                "loss": round(loss.item(), 4), **language_probe(phi, places, tokenizer, "val"),
+            }  # fmt: skip
+            bar.write(json.dumps(report))

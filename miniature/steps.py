@@ -1,0 +1,43 @@
+"""What the two long runs of pre-training share: one step of AdamW, its learning rate, saving."""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+    """Linear warm-up, then a cosine to a hundredth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def adamw(modules: list[nn.Module], weight_decay: float = 0.05) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    parameters = [p for module in modules for p in module.parameters()]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
+
+
+def save_half(module: nn.Module, path: Path) -> None:
+    """Writes the module in fp16: half the bytes, and no answer changes."""
+    save_file({name: tensor.half() for name, tensor in module.state_dict().items()}, path)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+    optimizer.step()

@@ -1,0 +1,44 @@
+"""README.md keeps its word: files, commands and numbers are there and are these."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = re.findall(r"^python (\S+\.py)(.*)$", TEXT, re.MULTILINE)
+
+
+def between(name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", TEXT, re.DOTALL)[1]
+
+
+def test_files_that_the_readme_names_exist():
+    named = re.findall(r"`([\w/]+(?:\.py|\.txt|/))`", TEXT) + re.findall(r"\]\((assets/\S+)\)", TEXT)
+    runs = [name for name in named if not (ROOT / name).exists()]
+    assert len(named) > 10 and runs == []
+    assert all((ROOT / script).exists() for script, _ in COMMANDS)
+
+
+def test_tables_are_what_the_results_say():
+    assert between("stages") == readme.stage_table() + "\n\n" + readme.score_table()
+
+
+def test_the_first_command_describes_the_picture():
+    assert between("describe") == readme.described()
+
+
+@pytest.mark.parametrize("arguments", [a for script, a in COMMANDS if script == "generate.py"])
+def test_generate_commands_run(arguments: str, tmp_path: Path):
+    if "runs/" in arguments:
+        pytest.skip("shows a checkpoint that the reader's own training writes")
+    arguments = arguments.replace("out.png", str(tmp_path / "out.png"))
+    command = f"{sys.executable} generate.py {arguments}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert ("--draw" in arguments) == (tmp_path / "out.png").exists()

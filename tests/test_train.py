@@ -1,0 +1,160 @@
+"""train.py: the schedule's shape, what is frozen in each stage, and the command line."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import STAGES, Tokenizer, collate, encode_sample
+from model import ModelConfig, TinyGPTV
+from train import SCHEDULES, Schedule, enter_stage, learning_rate, optimizer_groups, set_trainable
+
+TRAINABLE = {
+    "projector.fc1.weight", "projector.fc1.bias", "projector.fc2.weight", "projector.fc2.bias",
+    "phi.final_layernorm.weight",
+}  # fmt: skip
+TRAINABLE_IN_LAYER = {
+    "input_layernorm.weight", "post_layernorm.weight",
+    "self_attn.q_layernorm.weight", "self_attn.k_layernorm.weight",
+}  # fmt: skip
+LORA_IN_LAYER = {
+    "self_attn.qkv.lora_A.weight", "self_attn.qkv.lora_B.weight",
+    "self_attn.dense.lora_A.weight", "self_attn.dense.lora_B.weight",
+}  # fmt: skip
+
+
+def model_of_stage(stage: int) -> TinyGPTV:
+    """The miniature with random weights, as train.py has it in a stage."""
+    torch.manual_seed(0)
+    model = TinyGPTV(ModelConfig.preset("mini", stage=0))
+    for part in (model.visual_encoder, model.qformer, model.phi):
+        part.init_weights()
+    for earlier in range(1, stage + 1):
+        enter_stage(model, earlier, "mini")
+    set_trainable(model)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer("miniature/weights")
+
+
+def batch_of(tokenizer: Tokenizer, stage: int) -> dict:
+    """Two pictures of noise with their captions, as the stage puts them."""
+    turns = [("<ImageHere>", "a red star"), ("<ImageHere>", "a small blue circle")]
+    rows = [
+        encode_sample([turn], tokenizer, 1, 32, 32, STAGES[stage].end_sym)
+        | {"pixel_values": torch.randn(1, 3, 112, 112)}
+        for turn in turns
+    ]
+    batch = collate(rows, tokenizer.pad_token_id)
+    return train.to_device(batch, "cpu")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_trainable_names_are_the_papers(stage: int):
+    model = model_of_stage(stage)
+    in_layer = TRAINABLE_IN_LAYER | (LORA_IN_LAYER if stage >= 2 else set())
+    layers = range(model.config.phi.num_layers)
+    expected = TRAINABLE | {f"phi.layers.{n}.{name}" for n in layers for name in in_layer}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+
+
+@pytest.mark.parametrize("stage", [1, 4])
+def test_a_step_moves_what_learns_and_nothing_else(stage: int, tokenizer: Tokenizer):
+    model = model_of_stage(stage)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(optimizer_groups(model, weight_decay=0.05))
+    for _ in range(2):  # LoRA's A has no gradient while B is zero
+        train.train_step(model, optimizer, batch_of(tokenizer, stage), lr=1e-2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+def test_weight_decay_only_for_matrices():
+    decayed, others = optimizer_groups(model_of_stage(2), weight_decay=0.05)
+    assert decayed["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    assert "projector.fc1.bias" in others["names"]
+    assert "phi.layers.0.self_attn.q_layernorm.weight" in others["names"]
+
+
+def test_learning_rate_of_the_published_stages():
+    stage1, stage4 = SCHEDULES["full"][1], SCHEDULES["full"][4]
+    assert learning_rate(stage1, 0, 0) == 1e-6
+    assert learning_rate(stage1, 0, 999) == pytest.approx(9.9901e-5)
+    assert learning_rate(stage1, 0, 1000) < 9.9e-5  # the cosine did not wait for the warm-up
+    assert learning_rate(stage4, 49, 999) == pytest.approx(8e-5, rel=1e-3)  # it rises
+
+
+def test_negative_warmup_rate_means_no_ramp():
+    schedule = Schedule(1, 1, 100, 1, 10, -1, 1e-3, 1e-4)
+    assert [learning_rate(schedule, 0, step) for step in (0, 5, 9)] == [1e-3] * 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("stge=1", "did you mean stage"),
+        ("--stage=1", "did you mean stage"),
+        ("stage=one", "not of type int"),
+        ("stage=7", "stage=1, 2, 3 or 4"),
+        ("preset=tiny", "choose from full, mini"),
+    ],
+)
+def test_wrong_arguments_are_one_line(argument: str, said: str, capsys: pytest.CaptureFixture):
+    arguments = [argument] if argument.startswith(("stge", "--", "stage")) else [argument, "stage=1"]
+    assert train.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def test_missing_weights_and_data_are_one_line(tmp_path, capsys: pytest.CaptureFixture):
+    assert train.main(["stage=1", f"weights={tmp_path / 'none'}"]) == 2
+    assert train.main(["stage=1", "data=none.jsonl", f"out={tmp_path}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "none" in lines[0] and "none.jsonl" in lines[1] and len(lines) == 2
+
+
+def test_a_short_run_from_the_shipped_backbones(tmp_path, capsys: pytest.CaptureFixture):
+    arguments = ["stage=1", "steps=2", "batch_size=4", "num_workers=0", f"out={tmp_path}"]
+    assert train.main(arguments) == 0
+    assert "ln(vocabulary)" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_gb"}
+    assert all(set(line) == keys and math.isfinite(line["loss"]) for line in lines)
+    assert TinyGPTV.from_pretrained(tmp_path).stage == 1
+
+
+def test_training_on_records_of_ones_own(tmp_path, capsys: pytest.CaptureFixture):
+    random.seed(0)
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "a.png")
+    record = {"image": "a.png", "task": "caption", "caption": "a large red star"}
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join([json.dumps(record)] * 8))
+    arguments = ["stage=1", "steps=2", "batch_size=4", "num_workers=0", f"data={data}"]
+    assert train.main([*arguments, f"out={tmp_path / 'out'}"]) == 0
+
+
+def test_mixture_takes_every_position_once_in_the_ratio_of_the_datasets():
+    def steps(count, **options):
+        return list(itertools.islice(train.mixture_batches([3, 1], [4, 2], 0, **options), count))
+
+    batches = steps(2000)
+    drawn = [batch[0][0] for batch in batches]
+    assert 1400 < drawn.count(0) < 1600
+    for which, size in ((0, 4), (1, 2)):
+        places = [place for batch in batches for key, place in batch if key == which]
+        assert places == list(range(size * drawn.count(which)))
+    assert steps(500, start=1500) == batches[1500:]  # what a resumed run asks for
+    both = zip(steps(50, world_size=2), steps(50, rank=1, world_size=2))
+    assert all(a[0][0] == b[0][0] and not set(a) & set(b) for a, b in both)
+    mixed = train.MixtureDataset(["abc", "de"])
+    assert [mixed[key] for key in ((0, 2), (1, 0))] == ["c", "d"]
