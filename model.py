@@ -375,11 +375,12 @@ class TinyGPTV(nn.Module):
         there, has its shape, is finite, and none is left over.
         """
         folder = checkpoint_directory(Path(directory), stage)
-        description = read_config(folder)
-        config = ModelConfig.from_dict(description)
+        config, backbones = read_config(folder)
+        if stage not in (None, config.stage):
+            raise ValueError(f"{directory} holds stage {config.stage}, not {stage}")
         with torch.device("meta"):  # no memory for weights that the files are about to bring
             model = cls(config)
-        model.backbones = folder / description.get("backbones", ".")
+        model.backbones = folder / backbones
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state: dict[str, Tensor] = {}
         for name, prefix in BACKBONE_FILES.items():
@@ -419,14 +420,16 @@ def checkpoint_directory(directory: Path, stage: int | None) -> Path:
     return directory / f"stage{stage or stages[-1]}"
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> tuple[ModelConfig, str]:
+    """The model's sizes, and the folder of its frozen tensors as seen from `folder`."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8"))
+        return ModelConfig.from_dict(values), values.get("backbones", ".")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; is {folder} a weights directory?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe a model: {error!r}") from None
 
 
 def read_tensors(path: Path, prefix: str, expected: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -193,9 +193,6 @@ def train(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     out = Path(config.out or f"runs/stage{config.stage}")
     model = TinyGPTV.from_pretrained(config.weights, config.stage - 1, config.device)
-    if model.stage not in (config.stage - 1, config.stage):
-        begins = f"stage {config.stage} begins from stage {config.stage - 1}"
-        raise ValueError(f"{config.weights} holds stage {model.stage}; {begins}")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     model.to(config.device).train()  # to the device again: LoRA is new
@@ -234,7 +231,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in trainable])
+    grads = [p.grad for p in trainable if p.grad is not None]  # none where text has no picture
+    grad_norm = nn.utils.get_total_norm(grads)
     if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
         raise ValueError(f"the loss is {loss.item()}, its gradient's norm {grad_norm.item()}")
     optimizer.step()

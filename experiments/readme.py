@@ -33,7 +33,7 @@ def cell(value: float | None) -> str:
 
 
 def stage_table() -> str:
-    """One row a stage: what learns, how much of it, how long it took, what the model can do then."""
+    """One row a stage: what learns, how many parameters, how long it took, what comes of it."""
     lines = [
         "| stage | learns | parameters | steps | seconds | caption F1 | VQA | refer | identify "
         "| detection F1 | grounding F1 |",
@@ -45,10 +45,9 @@ def stage_table() -> str:
         model = TinyGPTV.from_pretrained(folder)
         set_trainable(model)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        lines.append(
-            f"| {stage} | {learns} | {parameters:,} | {log[-1]['step']} | {log[-1]['seconds']:.0f} | "
-            + " | ".join(metric_cells(result(f"world_test_stage{stage}"))) + " |"
-        )  # fmt: skip
+        effort = f"{parameters:,} | {log[-1]['step']} | {log[-1]['seconds']:.0f}"
+        scores = " | ".join(metric_cells(result(f"world_test_stage{stage}")))
+        lines.append(f"| {stage} | {learns} | {effort} | {scores} |")
     return "\n".join(lines)
 
 
@@ -68,7 +67,8 @@ def score_table() -> str:
         "foreign pictures": "foreign_records_stage4",
     }
     lines = [
-        "| stage 4 on | pictures | caption F1 | VQA | refer | identify | detection F1 | grounding F1 |",
+        "| stage 4 on | pictures | caption F1 | VQA | refer | identify | detection F1 "
+        "| grounding F1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind, name in kinds.items():

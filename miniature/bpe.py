@@ -61,7 +61,7 @@ def pretrain_tokenizer(out: Path) -> None:
     words: Counter[str] = Counter()
     for text in world_texts(2000):
         words.update(re.findall(ASCII_WORDS, text.replace("  ", "")))
-    words.update({str(number): 10**6 for number in range(100)})  # one token each, even the rare ones
+    words.update({str(number): 10**6 for number in range(100)})  # one token each, rare or not
     vocab_size = PHI_PRESETS["mini"].vocab_size
     merges = train_bpe(words, vocab_size - 256 - 2)
     tokens = [*byte_names().values(), *("".join(pair) for pair in merges)]

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,15 +18,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from data import IGNORE, IMAGE_PLACEHOLDER, STAGES, Tokenizer, collate, encode_sample, make_sample
+from data import (
+    IGNORE,
+    IMAGE_PLACEHOLDER,
+    STAGES,
+    Tokenizer,
+    collate,
+    encode_sample,
+    make_sample,
+    user_turn,
+)
 from miniature import world
 from miniature.steps import adamw, learning_rate, optimizer_step, save_half
 from model import PHI_PRESETS, Phi
 
-# How often a turn is of each task, at first and later. To copy numbers from the right place is the
-# hardest to begin with, and everything about boxes needs it: grounding is nothing else.
-FIRST_TASKS = {"grounding": 8, "refer": 2}
-LATER_TASKS = {"vqa": 7, "refer": 5, "identify": 2, "detection": 2, "grounding": 2, "caption": 1}
+# A task of pre-training alone: the grounded description with its objects in random order. Read from
+# left to right, a scene can be told by place; in any order, every word and number after the first
+# has to be looked up at the right object, which is the step that all questions need and that is
+# hardly ever learned from their short answers.
+ANY_ORDER = "[grounding] in any order"
+# How often a turn is of each task, at first and later.
+FIRST_TASKS = {ANY_ORDER: 8, "refer": 2}
+LATER_TASKS = {
+    ANY_ORDER: 4, "vqa": 7, "refer": 4, "identify": 2, "detection": 2, "grounding": 1, "caption": 1,
+}  # fmt: skip
+PROBED = ("caption", "refer", "identify", "detection", "grounding")
 ROW_TOKENS = 210  # rows of similar length waste little on padding
 
 
@@ -33,8 +50,13 @@ def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> lis
     """A conversation of stage 4 about one scene, one turn a task."""
     turns = []
     for task in tasks:
-        record = world.sample_record(scene, rng, task, 100)
-        [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
+        if task == ANY_ORDER:
+            objects = tuple(rng.sample(scene.objects, len(scene.objects)))
+            answer = world.grounding_record(replace(scene, objects=objects))["caption"]
+            prompt = user_turn(ANY_ORDER, 4, image=True)
+        else:
+            record = world.sample_record(scene, rng, task, 100)
+            [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
         seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
         turns.append((prompt.replace(seen, "") if turns else prompt, answer))
     return turns
@@ -113,7 +135,7 @@ def language_probe(
     """Share of unseen questions answered exactly, by task, and for refer by number of objects.
     (All tokens right given the right ones before: the same as a right greedy answer.)"""
     right: dict[str, list[float]] = {}
-    for task in (*LATER_TASKS, *world.VQA_KINDS):
+    for task in (*PROBED, *world.VQA_KINDS):
         rows, names = [], []
         for seed in range(10**9, 10**9 + num_scenes):
             scene, rng = world.sample_scene(seed, split), random.Random(seed)

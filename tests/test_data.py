@@ -1,7 +1,6 @@
 """Pictures, tokenizer, records and rows of data.py; the official numbers are in test_golden.py."""
 
 import io
-import itertools
 import json
 import pickle
 import random

@@ -315,7 +315,6 @@ def says(model, monkeypatch):
     ("--img {picture} --top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
     ("--img {picture} --max-new-tokens 0", "max_new_tokens must be 1 or more, not 0"),
     ("--img {picture} --stage 7", "--stage: invalid choice: 7"),
-    ("--img {picture} --stage 3", "miniature/weights holds stage 4, not 3"),
     ("--img {picture} --draw {folder}/no/out.png", "there is no folder .*/no"),
     ("--img {picture} --draw {folder}/out.xyz", "no picture format has this ending"),
     ("--img {picture} --draw {folder}", "no picture format has this ending"),

@@ -284,7 +284,13 @@ def test_missing_directories_are_named(weights, folder, stage, reason):
         TinyGPTV.from_pretrained(weights[0] / folder, stage)
 
 
-def test_damaged_config_is_named(weights):
-    (weights[0] / "stage2" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+def test_checkpoint_of_another_stage_is_named(weights):
+    with pytest.raises(ValueError, match="stage2 holds stage 2, not 3"):
+        TinyGPTV.from_pretrained(weights[0] / "stage2", 3)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"vision": {"image_size": 3}}'])
+def test_damaged_config_is_named(weights, text):
+    (weights[0] / "stage2" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json does not describe a model"):
         TinyGPTV.from_pretrained(weights[0], 2)

@@ -19,7 +19,8 @@ def between(name: str) -> str:
 
 
 def test_files_that_the_readme_names_exist():
-    named = re.findall(r"`([\w/]+(?:\.py|\.txt|/))`", TEXT) + re.findall(r"\]\((assets/\S+)\)", TEXT)
+    named = re.findall(r"`([\w/]+(?:\.py|\.txt|/))`", TEXT)
+    named += re.findall(r"\]\((assets/\S+)\)", TEXT)
     runs = [name for name in named if not (ROOT / name).exists()]
     assert len(named) > 10 and runs == []
     assert all((ROOT / script).exists() for script, _ in COMMANDS)
