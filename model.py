@@ -328,6 +328,18 @@ class ModelConfig:
         )  # fmt: skip
 
 
+def is_new(name: str) -> bool:
+    """Whether a parameter is TinyGPT-V's own: no backbone brings the projections and LoRA."""
+    return name.startswith("projector.") or ".lora_" in name
+
+
+def is_trainable(name: str) -> bool:
+    """Whether the stages train a parameter: the new ones, and the weights (not the biases) of
+    Phi's norms. All else is frozen throughout, the Q-Former too."""
+    is_norm = name.startswith("phi.") and name.endswith("layernorm.weight")
+    return is_norm or is_new(name)
+
+
 class TinyGPTV(nn.Module):
     """The whole model. `forward` returns the training loss; generate.py drives the parts itself."""
 
@@ -385,13 +397,13 @@ class TinyGPTV(nn.Module):
         state: dict[str, Tensor] = {}
         for name, prefix in BACKBONE_FILES.items():
             state |= read_tensors(model.backbones / name, prefix, expected)
-        if (folder / "model.safetensors").exists():
-            state |= read_tensors(folder / "model.safetensors", "", expected)
-        else:
+        require(state, {name for name in expected if not is_new(name)}, model.backbones)
+        if config.stage == 0:
             state |= new_projector(config.projector)
-        missing = sorted(set(expected) - set(state))
-        if missing:
-            raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        else:
+            trained = read_tensors(folder / "model.safetensors", "", expected)
+            require(trained, {name for name in expected if is_trainable(name)}, folder)
+            state |= trained
         model.load_state_dict(state, assign=True)
         model.tokenizer = Tokenizer(model.backbones)
         return model.to(device).eval()
@@ -454,6 +466,12 @@ def read_tensors(path: Path, prefix: str, expected: dict[str, torch.Size]) -> di
             raise ValueError(f"{path}: {name} holds NaN or infinity")
         state[name] = tensor.float()
     return state
+
+
+def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
+    missing = sorted(names - set(found))
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
 
 
 def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import RecordDataset, collate, read_records
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import TinyGPTV, save_checkpoint
+from model import TinyGPTV, is_trainable, save_checkpoint
 
 
 @dataclass
@@ -114,9 +114,7 @@ def enter_stage(model: TinyGPTV, stage: int, preset: str) -> None:
 def set_trainable(model: TinyGPTV) -> None:
     """Freezes all but the projections, LoRA and the weights (not the biases) of Phi's norms."""
     for name, parameter in model.named_parameters():
-        is_norm = name.startswith("phi.") and name.endswith("layernorm.weight")
-        is_new = name.startswith("projector.") or ".lora_" in name
-        parameter.requires_grad = is_norm or is_new
+        parameter.requires_grad = is_trainable(name)
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -81,7 +81,10 @@ def phi_from_official(tensors: dict[str, Tensor], num_heads: int) -> dict[str, T
     """
     tensors = dict(tensors)
     for name in [name for name in tensors if ".q_proj." in name]:
-        parts = [tensors.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        names = [name.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
+        if missing := [name for name in names if name not in tensors]:
+            raise ValueError(f"{name} is there, but {missing[0]} is not")
+        parts = [tensors.pop(name) for name in names]
         fused = by_heads(torch.cat(parts), num_heads)
         tensors[name.replace("q_proj", "query_key_value")] = fused
     is_microsoft = any(name.startswith("transformer.") for name in tensors)

@@ -64,3 +64,9 @@ def test_the_rows_of_the_vit_stay(case):
     name, rows = "visual_encoder.blocks.0.attn.qkv.weight", torch.arange(24)
     ours, _ = from_official({name: rows}, full_config(case, 1))
     assert ours[name].tolist() == rows.tolist()
+
+
+def test_a_split_projection_without_its_siblings_is_named():
+    tensors = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
+    with pytest.raises(ValueError, match="k_proj.weight is not"):
+        phi_from_official(tensors, num_heads=2)
