@@ -311,20 +311,27 @@ def summary(model: TinyGPTV, schedule: Schedule) -> str:
 # ---- the command line ----
 
 
-def parse_arguments(arguments: list[str]) -> TrainConfig:
-    """key=value pairs -> TrainConfig. Raises ValueError for what no field takes."""
-    types = {field.name: field.type for field in fields(TrainConfig)}
-    config = TrainConfig()
+def key_values(arguments: list[str], config_class: type) -> dict:
+    """key=value pairs as values for the fields of a config, each of its field's type. Raises
+    ValueError for what no field takes."""
+    types = {field.name: field.type for field in fields(config_class)}
+    given = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in types or not equals:
             near = difflib.get_close_matches(key.lstrip("-"), types, 1, 0.0)[0]
             raise ValueError(f"{argument}: no such option; did you mean {near}=...?")
         try:
-            setattr(config, key, types[key](value))
+            given[key] = types[key](value)
         except ValueError:
             kind = types[key].__name__
             raise ValueError(f"{argument}: {value!r} is not of type {kind}") from None
+    return given
+
+
+def parse_arguments(arguments: list[str]) -> TrainConfig:
+    """key=value pairs -> TrainConfig. Raises ValueError for what it can't be."""
+    config = TrainConfig(**key_values(arguments, TrainConfig))
     if config.stage not in (1, 2, 3, 4):
         raise ValueError(f"stage={config.stage}: say stage=1, 2, 3 or 4")
     if config.preset not in SCHEDULES:

@@ -16,14 +16,13 @@ Prompts are worded as generate.py words them, answers are greedy. Stages 1 to 3 
 to describe: they are scored on that alone, and their other metrics are null.
 """
 
-import difflib
 import json
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from experiments.scores import Count, metrics, score
 from generate import Answer, asked_text, generate_ids
 from miniature import world
 from model import TinyGPTV
+from train import key_values
 
 RESULTS = ROOT / "experiments" / "results"
 FIRST_SCENE, SCENES_PER_SEED = 2 * 10**9, 10**6  # no training's scenes have such numbers
@@ -198,18 +198,7 @@ def evaluate(config: Config) -> dict:
 # ---- the command line ----
 def parse_arguments(arguments: list[str]) -> Config:
     """key=value pairs -> Config. Raises ValueError for what no field takes."""
-    types = {field.name: field.type for field in fields(Config)}
-    given: dict = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in types or not equals:
-            near = difflib.get_close_matches(key.lstrip("-"), types, 1, 0.0)[0]
-            raise ValueError(f"{argument}: no such option; did you mean {near}=...?")
-        try:
-            given[key] = types[key](value)
-        except ValueError:
-            wanted = types[key].__name__
-            raise ValueError(f"{argument}: {value!r} is not of type {wanted}") from None
+    given = key_values(arguments, Config)
     config = Config(**given)
     check(config, given)
     return config
