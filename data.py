@@ -275,7 +275,7 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
     """The prompt for one picture, worded as in training.
 
     text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
-    grounding. official: use the template of the official demo and benchmarks.
+    grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
     """
     if task not in POOLS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(POOLS)}")
@@ -288,6 +288,10 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
         raise ValueError(f"task identify needs one box like {{<10><20><50><60>}}, not {text!r}")
     if stage == 3 and task == "caption":
         task = "detail"  # stage 3 knows no other request for a description
+    if task in ("vqa", "refer") and not official and IMAGE_PLACEHOLDER not in text:
+        if len(text.split()) > 50:
+            warnings.warn("only the first 50 words of what was asked count, as in training")
+        text = caption_text(text)
     return user_turn(instruction(task, text), stage, image=True, official=official)
 
 

@@ -26,8 +26,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import IMAGE_PLACEHOLDER, STAGES, StreamDecoder, Tokenizer, caption_text, encode_prompt
-from data import inference_prompt, left_pad_collate, load_image, parse_boxes, preprocess
+from data import STAGES, StreamDecoder, Tokenizer, encode_prompt, inference_prompt
+from data import left_pad_collate, load_image, parse_boxes, preprocess
 from model import KVCache, Phi, TinyGPTV
 
 
@@ -171,24 +171,31 @@ def generate_ids(
 
 
 @torch.inference_mode()
+def encode_images(model: TinyGPTV, images: Sequence[Image.Image]) -> Tensor | None:
+    """What Phi gets to see of the pictures: (num_images, num_queries, hidden_size)."""
+    if not images:
+        return None
+    pixels = torch.stack([preprocess(image, model.image_size) for image in images])
+    return model.encode_images(pixels.to(model.phi.lm_head.weight.device))
+
+
+@torch.inference_mode()
 def prepare(
-    model: TinyGPTV, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str],
-    official: bool = False,
+    model: TinyGPTV, image_embeds: Tensor | None, num_images: Sequence[int],
+    prompts: Sequence[str], official: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """inputs_embeds (B, T, hidden_size) and attention_mask (B, T) of prompts, padded on the left.
 
-    images: those of each prompt, as many as it has <ImageHere>. Each prompt begins with BOS, as
-    in training, but not if `official`: the official demo and benchmarks leave it out.
+    image_embeds: all their pictures, encoded; num_images: how many are whose, as many as each has
+    <ImageHere>. Each prompt begins with BOS, as in training, but not if `official`: the official
+    demo and benchmarks leave it out.
     """
-    tokenizer = model.tokenizer
+    tokenizer, num_queries = model.tokenizer, model.config.qformer.num_queries
     bos = [] if official else [tokenizer.bos_token_id]
-    num_queries = model.config.qformer.num_queries
-    rows = [bos + encode_prompt(prompt, tokenizer, num_queries, len(own))
-            for prompt, own in zip(prompts, images, strict=True)]  # fmt: skip
+    rows = [bos + encode_prompt(prompt, tokenizer, num_queries, number)
+            for prompt, number in zip(prompts, num_images, strict=True)]  # fmt: skip
     batch = left_pad_collate(rows, tokenizer.pad_token_id)
     device = model.phi.lm_head.weight.device
-    pixels = [preprocess(image, model.image_size) for own in images for image in own]
-    image_embeds = model.encode_images(torch.stack(pixels).to(device)) if pixels else None
     inputs_embeds = model.phi.embed(batch["input_ids"].to(device), image_embeds)
     return inputs_embeds, batch["attention_mask"].to(device)
 
@@ -198,16 +205,15 @@ def decode(
     sampling: Sampling, max_new_tokens: int, official: bool,
 ) -> Iterator[list[str]]:  # fmt: skip
     """Yields, token by token, what is new in the answer to each prompt. Warns if any was cut."""
-    tokenizer = model.tokenizer
-    inputs_embeds, attention_mask = prepare(model, images, prompts, official)
+    tokenizer, num_images = model.tokenizer, [len(own) for own in images]
+    image_embeds = encode_images(model, [image for own in images for image in own])
+    batch = prepare(model, image_embeds, num_images, prompts, official)
     # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
     # They penalise a BOS that was never fed as if it had been said.
     stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
-    history = attention_mask.new_full((len(prompts), int(official)), tokenizer.bos_token_id)
+    history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
     rows = [Answer(tokenizer, *stop) for _ in prompts]
-    stream = generate_ids(
-        model.phi, inputs_embeds, attention_mask, max_new_tokens, sampling, len(tokenizer), history
-    )
+    stream = generate_ids(model.phi, *batch, max_new_tokens, sampling, len(tokenizer), history)
     for steps, (ids, _) in enumerate(stream, 1):
         yield [row.push(token_id) for row, token_id in zip(rows, ids.tolist())]
         if all(row.finished for row in rows):
@@ -314,15 +320,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def asked_text(task: str, ask: str | None) -> str:
-    """What was asked, worded as in training: questions and phrases are lower case there."""
-    ask = ask or ""
-    if ASK_FOR[task] and not ask.strip():
+    """What was asked, "" for nothing. Raises ValueError where the task needs something."""
+    if ASK_FOR[task] and not (ask or "").strip():
         raise ValueError(f"--task {task} needs --ask with {ASK_FOR[task]}")
-    if task not in ("vqa", "refer") or IMAGE_PLACEHOLDER in ask:  # which is about to be refused
-        return ask
-    if len(ask.split()) > 50:
-        warnings.warn("only the first 50 words of what was asked count, as in training")
-    return caption_text(ask)
+    return ask or ""
 
 
 def check_machine(device: str, output: Path | None) -> None:

@@ -8,7 +8,7 @@
 Read it from the leaves to the root:
 
     world_pictures, file_pictures    pictures with their records
-    encode, ask                      each picture is encoded once for all of its questions
+    ask                              each picture is encoded once for all of its questions
     score_pictures, evaluate         answers are counted by experiments/scores.py
     main                             its last line is JSON, which is kept in experiments/results/
 
@@ -34,10 +34,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import STAGES, encode_prompt, format_box, inference_prompt
-from data import left_pad_collate, load_image, preprocess, read_records
+from data import STAGES, format_box, inference_prompt, load_image, read_records
 from experiments.scores import Count, metrics, score
-from generate import Answer, asked_text, generate_ids
+from generate import Answer, encode_images, generate_ids, prepare
 from miniature import world
 from model import TinyGPTV
 from train import key_values
@@ -99,7 +98,7 @@ def prompt_for(record: dict, size: tuple[int, int], stage: int) -> str:
     task = record["task"]
     field = {"vqa": "question", "refer": "phrase", "detection": "phrase"}.get(task)
     text = "".join(boxes) if task == "identify" else record.get(field)
-    return inference_prompt(task, asked_text(task, text), stage)
+    return inference_prompt(task, text or "", stage)
 
 
 # ---- questions and answers ----
@@ -110,27 +109,15 @@ def groups_of(size: int, items: Iterable) -> Iterator[list]:
 
 
 @torch.inference_mode()
-def encode(model: TinyGPTV, images: list[Image.Image], batch_size: int) -> Tensor:
-    """What Phi gets to see of the pictures: (num_images, num_queries, hidden_size)."""
-    pixels = (preprocess(image, model.image_size) for image in images)
-    return torch.cat([model.encode_images(torch.stack(p)) for p in groups_of(batch_size, pixels)])
-
-
-@torch.inference_mode()
 def ask(
     model: TinyGPTV, image_embeds: Tensor, prompts: list[str], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
     """Greedy answers to prompts about one picture each, and whether each was cut: generate.answer
     for encoded pictures. image_embeds (num_prompts, num_queries, hidden_size)."""
-    tokenizer, num_queries = model.tokenizer, image_embeds.shape[1]
-    rows = [[tokenizer.bos_token_id] + encode_prompt(prompt, tokenizer, num_queries, 1)
-            for prompt in prompts]  # fmt: skip
-    batch = left_pad_collate(rows, tokenizer.pad_token_id)
-    # (num_prompts, T, hidden_size)
-    inputs_embeds = model.phi.embed(batch["input_ids"], image_embeds)
-    mask, num_ids = batch["attention_mask"], len(tokenizer)
-    answers = [Answer(tokenizer, STAGES[model.stage].end_sym) for _ in prompts]
-    for ids, _ in generate_ids(model.phi, inputs_embeds, mask, max_new_tokens, num_ids=num_ids):
+    batch = prepare(model, image_embeds, [1] * len(prompts), prompts)
+    answers = [Answer(model.tokenizer, STAGES[model.stage].end_sym) for _ in prompts]
+    num_ids = len(model.tokenizer)
+    for ids, _ in generate_ids(model.phi, *batch, max_new_tokens, num_ids=num_ids):
         for answer, token_id in zip(answers, ids.tolist()):
             answer.push(token_id)
         if all(answer.finished for answer in answers):
@@ -144,7 +131,8 @@ def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> 
     images = [image for image, _ in pictures]
     if config.blind:
         images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
-    image_embeds = encode(model, images, config.batch_size)
+    groups = groups_of(config.batch_size, images)
+    image_embeds = torch.cat([encode_images(model, group) for group in groups])
     questions = []
     for place, (image, records) in enumerate(pictures):
         for record in (record for record in records if can_ask(record, model.stage)):

@@ -285,6 +285,7 @@ def test_several_boxes_and_weighted_answers():
 
 def test_inference_prompts_are_worded_as_in_training():
     assert data.inference_prompt("vqa", "what?", 4) == f"[INST] {IMG}[vqa] what?  [/INST]"
+    assert data.inference_prompt("refer", "The DOG.", 4).endswith("location of the dog  [/INST]")
     assert data.inference_prompt("caption", "", 1) == "<ImageHere>"
     official = data.inference_prompt("refer", "the dog", 4, official=True)
     assert official == f"###Human: {IMG}[refer] give me the location of the dog###Assistant: "

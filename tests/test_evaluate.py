@@ -168,7 +168,7 @@ def model(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:1 of 1 answers cut")
 def test_pictures_encoded_once_are_answered_as_generate_does(model):
     images = [image for image, _ in evaluate.world_pictures(3, 1, "test")]
-    image_embeds = evaluate.encode(model, images, batch_size=2)
+    image_embeds = evaluate.encode_images(model, images)
     places = [2, 0, 1, 2]
     prompts = [inference_prompt("vqa", f"what {'color ' * n}is it?", 4) for n in range(4)]
     said = evaluate.ask(model, image_embeds[places], prompts, max_new_tokens=8)
@@ -186,15 +186,16 @@ def test_each_answer_meets_its_own_record_and_picture(model, monkeypatch):
             prompt = evaluate.prompt_for(record, image.size, 4)
             right[place, prompt] = make_sample(record, 4, random.Random(0), image.size)[0][1]
 
-    def encode(_, images, batch_size):
-        assert [image.tobytes() for image in images] == [i.tobytes() for i, _ in pictures]
-        return torch.arange(len(images))
+    def encode_images(_, images):
+        assert len(images) <= 4
+        files = [image.tobytes() for image, _ in pictures]
+        return torch.tensor([files.index(image.tobytes()) for image in images])
 
     def ask(_, image_embeds, prompts, max_new_tokens):
         assert len(prompts) <= 4
         return [(right[key], False) for key in zip(image_embeds.tolist(), prompts)]
 
-    monkeypatch.setattr(evaluate, "encode", encode)
+    monkeypatch.setattr(evaluate, "encode_images", encode_images)
     monkeypatch.setattr(evaluate, "ask", ask)
     found = list(evaluate.score_pictures(model, pictures, evaluate.Config(batch_size=4)))
     assert all(hits == chances for name, hits, chances in found if not name.startswith("cut"))
@@ -202,11 +203,11 @@ def test_each_answer_meets_its_own_record_and_picture(model, monkeypatch):
 
 
 def test_blind_hides_every_picture(model, monkeypatch):
-    def encode(_, images, batch_size):
+    def encode_images(_, images):
         assert [image.getcolors() for image in images] == [[(224 * 224, (128, 128, 128))]] * 2
         raise ZeroDivisionError  # seen enough
 
-    monkeypatch.setattr(evaluate, "encode", encode)
+    monkeypatch.setattr(evaluate, "encode_images", encode_images)
     with pytest.raises(ZeroDivisionError):
         pictures = list(evaluate.world_pictures(2, 1, "test"))
         list(evaluate.score_pictures(model, pictures, evaluate.Config(blind=1)))

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 import generate as cli
 from bridge import ProjectorConfig, QFormerConfig
 from data import Tokenizer, inference_prompt, parse_boxes
-from generate import Answer, Sampling, answer, generate, generate_ids, prepare
+from generate import Answer, Sampling, answer, encode_images, generate, generate_ids, prepare
 from model import ModelConfig, PhiConfig, TinyGPTV
 from vision import VisionConfig
 
@@ -56,6 +56,11 @@ def image():
 
 
 PROMPTS = [inference_prompt("vqa", text, 4) for text in ("what is it?", "a", "is there a star?")]
+
+
+def prepared(model, images, prompts, official=False):
+    """`prepare` for prompts about one picture each."""
+    return prepare(model, encode_images(model, images), [1] * len(images), prompts, official)
 
 
 # ---- sampling ----
@@ -117,7 +122,7 @@ def test_ranges(field, values):
     Sampling(0.01, 1, 1e-9, 100.0), Sampling(100.0, 10**9, 1.0, 0.01), Sampling(0.01, 0, 1.0, 0.01),
 ])  # fmt: skip
 def test_extremes_still_leave_a_token(model, image, extreme):
-    embeds, mask = prepare(model, [[image]], PROMPTS[:1])
+    embeds, mask = prepared(model, [image], PROMPTS[:1])
     for ids, scores in generate_ids(model.phi, embeds, mask, 5, extreme, len(model.tokenizer)):
         assert torch.isfinite(scores).any() and torch.isfinite(scores[0, ids])
 
@@ -127,7 +132,7 @@ def test_draws_repeat_with_the_seed_and_follow_the_probabilities(model, image):
         model.phi.lm_head.weight.zero_()
         model.phi.lm_head.bias.fill_(-100)
         model.phi.lm_head.bias[:2] = torch.tensor([math.log(0.8), math.log(0.2)])
-    embeds, mask = prepare(model, [[image]], PROMPTS[:1])
+    embeds, mask = prepared(model, [image], PROMPTS[:1])
     embeds, mask = embeds.expand(100, -1, -1), mask.expand(100, -1)
 
     def draw(seed):
@@ -177,7 +182,7 @@ def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer):
 
 # ---- the loop ----
 def test_cache_equals_the_whole_sequence_at_every_step(model, image):
-    embeds, mask = prepare(model, [[image]], PROMPTS[:1])
+    embeds, mask = prepared(model, [image], PROMPTS[:1])
     for ids, scores in generate_ids(model.phi, embeds, mask, 8):
         with torch.inference_mode():
             whole = model.phi.lm_head(model.phi(embeds)[:, -1])
@@ -187,11 +192,11 @@ def test_cache_equals_the_whole_sequence_at_every_step(model, image):
 
 def test_padding_on_the_left_changes_nothing(model, image):
     other = Image.new("RGB", (50, 50), "blue")
-    batch = prepare(model, [[image], [other], [image]], PROMPTS)
+    batch = prepared(model, [image, other, image], PROMPTS)
     assert batch[1][1, 0] == 0  # the shortest prompt is padded
     together = list(generate_ids(model.phi, *batch, 10))
     for row, (prompt, picture) in enumerate(zip(PROMPTS, (image, other, image))):
-        alone = generate_ids(model.phi, *prepare(model, [[picture]], [prompt]), 10)
+        alone = generate_ids(model.phi, *prepared(model, [picture], [prompt]), 10)
         for (ids, scores), (id_alone, scores_alone) in zip(together, alone, strict=True):
             assert ids[row] == id_alone[0]
             torch.testing.assert_close(scores[row], scores_alone[0], rtol=0, atol=1e-4)
@@ -219,11 +224,11 @@ def test_ids_without_text_are_never_drawn(model, image):
 
 
 def test_prompt_and_answer_share_the_positions(model, image):
-    used = prepare(model, [[image]], PROMPTS[:1])[0].shape[1]
+    used = prepared(model, [image], PROMPTS[:1])[0].shape[1]
     steps = POSITIONS - used + 1  # the last token is read, but never fed
     with pytest.warns(UserWarning, match=f"after {steps} tokens, because of the model's 80"):
         answer(model, [image], PROMPTS[:1], max_new_tokens=1000)
-    long = inference_prompt("vqa", "a " * 100, 4)
+    long = inference_prompt("detection", "a " * 100, 4)
     with pytest.raises(ValueError, match="takes 1[0-9][0-9] positions; this model has 80"):
         answer(model, [image], [long])
 
@@ -236,8 +241,8 @@ def test_pictures_and_places_must_agree(model, image):
 
 
 def test_official_has_no_bos_and_ends_at_one_id(model, image):
-    with_bos, _ = prepare(model, [[image]], PROMPTS[:1])
-    without, _ = prepare(model, [[image]], PROMPTS[:1], official=True)
+    with_bos, _ = prepared(model, [image], PROMPTS[:1])
+    without, _ = prepared(model, [image], PROMPTS[:1], official=True)
     torch.testing.assert_close(with_bos[:, 1:], without)
     with torch.no_grad():
         model.phi.lm_head.weight.zero_()
