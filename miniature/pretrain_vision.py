@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from bridge import QFORMER_PRESETS, QFormer
 from data import preprocess
 from miniature import world
-from miniature.steps import adamw, learning_rate, optimizer_step, save_half
+from miniature.steps import adamw, batch_numbers, learning_rate, optimizer_step, save_half
 from vision import VISION_PRESETS, EvaViT
 
 SLOTS, SLOT_WORDS = world.MAX_OBJECTS, 8  # a slot is size, color, fill, shape, x1, y1, x2, y2
@@ -43,9 +43,7 @@ class VisionScenes(IterableDataset):
         self.batch_size, self.image_size = batch_size, image_size
 
     def __iter__(self):
-        worker = get_worker_info()
-        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in itertools.count(index, count):
+        for number in batch_numbers():
             doubled = number % 3 == 2
             size = self.image_size * (2 if doubled else 1)
             batch_size = self.batch_size // (3 if doubled else 1)
@@ -99,6 +97,7 @@ class VisionHeads(nn.Module):
         self.patch_slot = nn.Linear(vision_size, SLOTS + 1)
         self.patch_words = nn.Linear(vision_size, SLOT_WORDS * len(WORDS))
         self.query_words = nn.Linear(query_size, len(WORDS))
+        self.query_attributes = nn.Linear(query_size, len(ATTRIBUTES) * len(WORDS))
 
 
 def said_by_patches(
@@ -136,14 +135,27 @@ def allowed_orders(words: Tensor) -> tuple[Tensor, Tensor]:
     return orders, (highest_before - placed <= TIE).all(-1)
 
 
-def query_loss(heads: VisionHeads, queries: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the 32 words under the best allowed order, and that order's words."""
-    logits = heads.query_words(queries.float()).unflatten(1, (SLOTS, SLOT_WORDS))
-    slots = words.view(-1, SLOTS, SLOT_WORDS)
-    pairs = (len(words), SLOTS, SLOTS, SLOT_WORDS)  # said in slot i, true of object j
+def pair_costs(logits: Tensor, words: Tensor) -> Tensor:
+    """Cross entropy (B, 4, 4) of what is said in slot i (B, 4, n, words) if object j (B, 4, n)
+    stands there, summed over the n words."""
+    batch_size, _, num_words, _ = logits.shape
+    pairs = (batch_size, SLOTS, SLOTS, num_words)
     said = logits[:, :, None].expand(*pairs, len(WORDS)).flatten(0, 3)
-    true = slots[:, None].expand(pairs).flatten()
-    cost = F.cross_entropy(said, true, ignore_index=-100, reduction="none").view(pairs).sum(-1)
+    true = words[:, None].expand(pairs).flatten()
+    return F.cross_entropy(said, true, ignore_index=-100, reduction="none").view(pairs).sum(-1)
+
+
+def query_loss(heads: VisionHeads, queries: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of what the queries say under the best allowed order, and the words in that order.
+
+    Query k says word k, and also the four attributes of the object that word k belongs to: so a
+    vector that holds a number can be found by what it is the number of.
+    """
+    queries, slots = queries.float(), words.view(-1, SLOTS, SLOT_WORDS)
+    own = heads.query_words(queries).unflatten(1, (SLOTS, SLOT_WORDS))  # (B, 4, 8, words)
+    attributes = heads.query_attributes(queries).view(len(words), SLOTS, -1, len(WORDS))
+    known = slots[..., : len(ATTRIBUTES)].repeat(1, 1, SLOT_WORDS)  # (B, 4, 32)
+    cost = pair_costs(own, slots) + pair_costs(attributes, known) / SLOT_WORDS
     orders, allowed = allowed_orders(words)
     total = cost[:, torch.arange(SLOTS), orders].sum(-1)  # (B, 24)
     best = total.masked_fill(~allowed, float("inf")).min(-1)
@@ -175,6 +187,9 @@ def vision_probe(vit: EvaViT, qformer: QFormer, heads: VisionHeads, split: str, 
     none = WORDS.index("none")
     there = true[..., 0] != none
     found |= word_accuracies(said[there], true[there], by="query")
+    attributes = heads.query_attributes(queries).view(*there.shape, SLOT_WORDS, -1, len(WORDS))
+    known = (attributes.argmax(-1) == true[:, :, None, : len(ATTRIBUTES)]).all(-1)  # (B, 4, 8)
+    found["query_known"] = known[there]
     found["count"] = ((said[..., 0] != none) == there).all(-1)
     return {name: round(right.float().mean().item(), 3) for name, right in found.items()}
 
@@ -192,7 +207,7 @@ def sincos_positions(grid: int, hidden_size: int) -> Tensor:
 
 
 def pretrain_vision(
-    out: Path, steps: int = 3600, batch_size: int = 64, peak_lr: float = 1.5e-3
+    out: Path, steps: int = 4800, batch_size: int = 64, peak_lr: float = 1.5e-3
 ) -> None:
     """ViT and Q-Former from scratch, in one run; writes vision and qformer.safetensors."""
     torch.manual_seed(0)

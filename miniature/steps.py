@@ -1,11 +1,20 @@
 """What the two long runs of pre-training share: one step of AdamW, its learning rate, saving."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+
+def batch_numbers() -> Iterator[int]:
+    """0, 1, 2, ... without end; in a DataLoader each worker gets its share of them."""
+    worker = get_worker_info()
+    return itertools.count(worker.id, worker.num_workers) if worker else itertools.count()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:

@@ -1,0 +1,92 @@
+"""The targets of pre-training: what is asked of queries and tokens must be true of the scene."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data import IGNORE, Tokenizer
+from miniature import pretrain_language as language
+from miniature import pretrain_vision as vision
+from miniature import world
+from model import PHI_PRESETS, Phi
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
+SCENE = world.sample_scene(52, "train")  # two small red triangles, solid and outlined
+
+
+def referred(text):
+    """[(token, objects)] of the tokens that mean some, objects as "1100"."""
+    tokenizer = Tokenizer(WEIGHTS)
+    texts = [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(text)]
+    rows = language.referred_objects(texts, SCENE).tolist()
+    assert len(rows) == len(texts)
+    return [(token.strip(), "".join(map(str, row))) for token, row in zip(texts, rows)
+            if row[0] != IGNORE]  # fmt: skip
+
+
+def test_tokens_mean_the_objects_that_fit_what_was_said_so_far():
+    assert world.inventory(SCENE)[:6] == ["small", "red", "solid", "triangle", "1", "36"]
+    assert referred("the small solid triangle, or red outlined object?") == [
+        ("small", "1100"), ("solid", "1000"), ("triangle", "1000"),
+        ("red", "1100"), ("outlined", "0100"), ("object", "0100"),
+    ]  # fmt: skip
+    assert referred("is the triangle small or large?") == [
+        ("triangle", "1100"), ("small", "1100"), ("large", "0000"),
+    ]  # fmt: skip
+    assert referred("how many triangles, how many objects: 2") == [
+        ("triangles", "1100"), ("objects", "1100"),
+    ]  # fmt: skip
+    assert referred("red {<1><36><24><59>}<delim>{<43><36>") == [
+        ("red", "1100"), ("1", "1000"), ("36", "1000"), ("24", "1000"), ("59", "1000"),
+        ("43", "0100"), ("36", "0000"),
+    ]  # fmt: skip
+
+
+def test_a_row_of_text_holds_the_scene_and_its_loss_reaches_every_part():
+    tokenizer, rng = Tokenizer(WEIGHTS), random.Random(1)
+    turns = language.scene_turns(SCENE, rng, ["vqa", "refer", language.ANY_ORDER])
+    assert turns[0][0].count("<ImageHere>") == 1 and "<Img>" not in turns[1][0] + turns[2][0]
+    row = language.language_row(SCENE, turns, 4, tokenizer)
+    said = [tokenizer.decode([i]).strip() for i in row["words"].tolist()]
+    assert said == world.inventory(SCENE) and (row["input_ids"] < 0).sum() == len(said)
+    learned = language.learn_all_text(row)["labels"]
+    assert torch.equal(learned == IGNORE, row["input_ids"] < 0)
+
+    phi, scaffold = Phi(PHI_PRESETS["mini"]), language.Scaffold(PHI_PRESETS["mini"].hidden_size)
+    phi.init_weights()
+    batch = language.language_batch([row, row], tokenizer)
+    sum(language.language_loss(phi, scaffold, batch)).backward()
+    assert all(p.grad is not None for p in [*phi.parameters(), *scaffold.parameters()])
+
+
+def sure(indices, num_words=len(vision.WORDS)):
+    """Logits that leave no doubt."""
+    return 50.0 * torch.nn.functional.one_hot(indices, num_words)
+
+
+def queries_say(words):
+    """Heads and queries such that query k says words[k] and its object's attributes."""
+    known = words.view(4, 8)[:, :4].repeat_interleave(8, dim=0)  # (32, 4)
+    queries = torch.cat([sure(words), sure(known).flatten(1)], dim=1)[None]  # (1, 32, 5 * words)
+    heads = vision.VisionHeads(8, queries.shape[-1])
+    eye = torch.eye(queries.shape[-1])
+    for head, rows in ((heads.query_words, eye[: len(vision.WORDS)]),
+                       (heads.query_attributes, eye[len(vision.WORDS) :])):  # fmt: skip
+        head.weight.data, head.bias.data = rows, torch.zeros(len(rows))
+    return heads, queries
+
+
+def test_queries_may_order_objects_one_above_the_other_as_they_like():
+    left, right = SCENE.objects
+    x1, y1, x2, y2 = left.box
+    above = replace(right, box=(x1 + 0.01, y1, x2 + 0.01, y2))
+    for other, free in ((right, False), (above, True)):
+        words = world.inventory(replace(SCENE, objects=(left, other)))
+        true = torch.tensor([vision.WORDS.index(word) for word in words])
+        swapped = true.view(4, 8)[[1, 0, 2, 3]].flatten()
+        for said, fits in ((true, True), (swapped, free)):
+            loss, ordered = vision.query_loss(*queries_say(said), true[None])
+            assert (loss < 0.01) == fits
+            assert torch.equal(ordered[0], said if fits else true)
