@@ -28,6 +28,7 @@ class VisionConfig:
     num_heads: int
     intermediate_size: int
     layer_norm_eps: float = 1e-6
+    clip: bool = False  # CLIP's blocks in place of EVA's: see ClipViT
 
 
 VISION_PRESETS = {
@@ -35,6 +36,8 @@ VISION_PRESETS = {
                          num_heads=16, intermediate_size=6144),
     "mini": VisionConfig(image_size=112, patch_size=14, hidden_size=192, num_layers=5,
                          num_heads=6, intermediate_size=640),
+    "clip": VisionConfig(image_size=224, patch_size=14, hidden_size=1024, num_layers=23,
+                         num_heads=16, intermediate_size=4096, layer_norm_eps=1e-5, clip=True),
 }  # fmt: skip
 
 
@@ -45,7 +48,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         patch = config.patch_size
-        self.proj = nn.Conv2d(3, config.hidden_size, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(3, config.hidden_size, patch, stride=patch, bias=not config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.proj(pixel_values)  # (B, C, S/14, S/14)
@@ -61,12 +64,14 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.k_bias = nn.Parameter(torch.zeros(hidden_size)) if config.clip else None
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))  # (B, N, 3C)
         qkv = qkv.view(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
@@ -75,15 +80,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU."""
+    """Two linear layers around the exact (erf) GELU, or around CLIP's quick approximation."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
+        self.quick_gelu = config.clip
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
 
 class Block(nn.Module):
@@ -101,19 +108,20 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def interpolate_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
+def interpolate_pos_embed(pos_embed: Tensor, grid: int, align_corners: bool = False) -> Tensor:
     """Stretches learned positions (1, 1 + g*g, C) to a grid of another side: (1, 1 + grid*grid, C).
 
     The patch positions are a g x g picture with C channels and are resized like one (bicubic,
     in fp32); the class token's row has no place in it and is copied. The paper speaks of relative
-    position bias at 448 px; the official code does this instead, and so do we.
+    position bias at 448 px; the official code does this instead, and so do we. align_corners: the
+    outermost positions stay the outermost, as CLIP's loader has it and EVA's has not.
     """
     cls_pos, patch_pos = pos_embed[:, :1], pos_embed[:, 1:]
     side = math.isqrt(patch_pos.shape[1])
     if side == grid:
         return pos_embed
     picture = patch_pos.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
-    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=align_corners)
     patch_pos = picture.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, grid*grid, C)
     return torch.cat([cls_pos, patch_pos], dim=1)
 
@@ -141,7 +149,7 @@ class EvaViT(nn.Module):
             )
         x = self.patch_embed(pixel_values)  # (B, N, C)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1 + N, C)
-        return x + interpolate_pos_embed(self.pos_embed, grid=height // patch)
+        return x + interpolate_pos_embed(self.pos_embed, height // patch, self.config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.embed(pixel_values)
@@ -161,3 +169,47 @@ class EvaViT(nn.Module):
         for depth, block in enumerate(self.blocks, start=1):
             block.attn.proj.weight.data.div_(math.sqrt(2.0 * depth))
             block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * depth))
+
+
+class ClipViT(EvaViT):
+    """CLIP's ViT-L/14 (arXiv 2103.00020), the other eye that BLIP-2 was trained with.
+
+    The same from outside, and other in small things: patches have no bias, but keys have; a norm
+    comes before the first block; GELU is approximated; corners are aligned when positions are
+    stretched. Its last block is not used, as EVA's is not.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__(config)
+        self.ln_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        return self.ln_pre(super().embed(pixel_values))
+
+
+# Our names of ClipViT -> those of `clip_vit_L.pth`, and -> Hugging Face's; `{}` is the block.
+# "in_proj" is q, k and v in one, as official/weights.py makes it of what the files have.
+CLIP_NAMES = {
+    "cls_token": "class_embedding",
+    "pos_embed": "positional_embedding",
+    "patch_embed.proj": "conv1",
+    "ln_pre": "ln_pre",
+    "blocks.{}.norm1": "transformer.resblocks.{}.ln_1",
+    "blocks.{}.attn.qkv": "transformer.resblocks.{}.attn.in_proj",
+    "blocks.{}.attn.proj": "transformer.resblocks.{}.attn.out_proj",
+    "blocks.{}.norm2": "transformer.resblocks.{}.ln_2",
+    "blocks.{}.mlp.fc1": "transformer.resblocks.{}.mlp.c_fc",
+    "blocks.{}.mlp.fc2": "transformer.resblocks.{}.mlp.c_proj",
+}
+CLIP_HF_NAMES = {
+    "cls_token": "vision_model.embeddings.class_embedding",
+    "pos_embed": "vision_model.embeddings.position_embedding.weight",
+    "patch_embed.proj": "vision_model.embeddings.patch_embedding",
+    "ln_pre": "vision_model.pre_layrnorm",
+    "blocks.{}.norm1": "vision_model.encoder.layers.{}.layer_norm1",
+    "blocks.{}.attn.qkv": "vision_model.encoder.layers.{}.self_attn.in_proj",
+    "blocks.{}.attn.proj": "vision_model.encoder.layers.{}.self_attn.out_proj",
+    "blocks.{}.norm2": "vision_model.encoder.layers.{}.layer_norm2",
+    "blocks.{}.mlp.fc1": "vision_model.encoder.layers.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2": "vision_model.encoder.layers.{}.mlp.fc2",
+}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bridge import PROJECTOR_NAMES, QFORMER_NAMES
 from model import PHI_NAMES, ModelConfig
+from vision import CLIP_HF_NAMES, CLIP_NAMES
 
 # Microsoft's first layout of Phi-2 -> ours; its Wqkv already holds q, k and v as blocks.
 MICROSOFT_NAMES = {
@@ -35,11 +36,16 @@ OUR_NAMES = {theirs: ours for ours, theirs in OFFICIAL_NAMES.items()}
 OUR_PHI_NAMES = {theirs: ours for ours, theirs in PHI_NAMES.items()}
 
 # In the official files but without a use: why each is left out.
+TEXT_HALF = "of the text half of the Q-Former, which no picture passes"
 IGNORED = {
-    r"Qformer\.bert\.embeddings\.position_ids": "a buffer of the text half of the Q-Former",
+    r"Qformer\.bert\.embeddings\.position_ids": TEXT_HALF,
     r"t5_proj\.": "BLIP-2's projection to its own language model",
     r".*\.rotary_emb\.inv_freq": "computed, not learned",
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.": TEXT_HALF,
+    r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.": TEXT_HALF,
+    r"Qformer\.cls\.|vision_proj\.|text_proj\.|itm_head\.|temp$": TEXT_HALF,
 }
+CLIP_UNUSED = r"text_|logit_scale|visual_projection|proj$|ln_post|.*post_layernorm|.*position_ids"
 
 
 def rename(name: str, table: dict[str, str]) -> str | None:
@@ -98,6 +104,36 @@ def phi_from_official(tensors: dict[str, Tensor], num_heads: int) -> dict[str, T
             tensor = by_blocks(tensor, num_heads)
         state[ours] = tensor
     return state
+
+
+def clip_from_official(
+    tensors: dict[str, Tensor], num_layers: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """CLIP's ViT as LAVIS, OpenAI or Hugging Face store it -> (tensors by our names, below
+    `visual_encoder`; ignored names with the reason). Raises ValueError for a name without place.
+    """
+    is_hf = any(name.startswith("vision_model.") for name in tensors)
+    table = {theirs: ours for ours, theirs in (CLIP_HF_NAMES if is_hf else CLIP_NAMES).items()}
+    state, ignored, parts = {}, {}, {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("visual.").replace("in_proj_", "in_proj.")
+        layer = re.search(r"(?:resblocks|encoder\.layers)\.(\d+)\.", plain)
+        if re.match(CLIP_UNUSED, plain) or (layer and int(layer[1]) >= num_layers):
+            ignored[name] = "not part of the picture's path through CLIP"
+        elif is_hf and (part := re.search(r"\.([qkv])_proj\.", plain)):
+            whole = plain.replace(part[0], ".in_proj.")
+            parts.setdefault(rename(whole, table), {})[part[1]] = tensor
+        elif ours := rename(plain, table):
+            state[ours] = tensor
+        else:
+            raise ValueError(f"{name} is no tensor of CLIP's ViT in a known layout")
+    state |= {name: torch.cat([part[x] for x in "qkv"]) for name, part in parts.items()}
+    for name in [name for name in state if name.endswith(".qkv.bias")]:
+        for x, bias in zip("qkv", state.pop(name).chunk(3)):
+            state[name.replace("qkv.bias", f"{x}_bias")] = bias
+    state["cls_token"] = state["cls_token"].view(1, 1, -1)
+    state["pos_embed"] = state["pos_embed"][None]
+    return state, ignored
 
 
 def from_official(

@@ -31,8 +31,8 @@ from golden_case import (
 )  # fmt: skip
 from lora import merge_lora
 from model import Phi
-from official.weights import from_official, phi_from_official, to_official
-from vision import EvaViT, interpolate_pos_embed
+from official.weights import clip_from_official, from_official, phi_from_official, to_official
+from vision import ClipViT, EvaViT, VisionConfig, interpolate_pos_embed
 
 LEFT_OUT = r".*(beam\d|minlen\d).*"  # beam search and a minimum length are not part of this project
 CASES: dict[str, Case] = {}  # all that the tests have read
@@ -93,6 +93,67 @@ def test_qformer(case):
     features = golden["in/image_features"]
     layers = recorded([qformer.norm, *qformer.layers])
     golden.check(qformer.ln_vision(features), "ln_vision")
+    golden.check(qformer(features), "last_hidden_state")
+    for index, hidden in enumerate(layers):
+        golden.check(hidden.expand(len(features), -1, -1), f"hidden{index}")
+
+
+def clip_of(golden, num_layers, image_size):
+    """ClipViT from a fixture's file, which has more in it than is used."""
+    config = golden.meta["config"]
+    vit = ClipViT(VisionConfig(
+        image_size, config["patch_size"], config["width"], num_layers, config["heads"],
+        config["mlp_hidden"], config["norm_eps"], clip=True,
+    ))  # fmt: skip
+    state, ignored = clip_from_official(golden.below("w/"), num_layers)
+    assert set(ignored) == set(golden.meta["ignored_keys"])
+    return loaded(vit, state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip/clip_vit", "clip/clip_vit_hf"])
+def test_clip_vit_in_both_layouts(case, name):
+    golden, config = case(name), case(name).meta["config"]
+    vit = clip_of(golden, config["layers"], config["img_size"])
+    blocks = recorded([vit.ln_pre, *vit.blocks])
+    golden.check(vit(golden["in/image"]), "features")
+    for index, hidden in enumerate(blocks):
+        if name.endswith("_hf"):
+            golden.check(hidden, f"hidden{index}")
+        else:
+            golden.check(hidden, f"block{index - 1}" if index else "ln_pre")
+    if name.endswith("_hf"):  # the block that is not used, and the norm after it: counter-examples
+        unlike = golden["out/last_hidden_state"] - blocks[-1]
+        assert unlike.abs().max() > 0.1 and len(golden["out/pooler_output"]) == len(unlike)
+        golden["out/hidden" + str(config["hf_num_hidden_layers"])]
+    else:
+        golden.check(EvaViT.embed(vit, golden["in/image"]), "embeddings")
+
+
+@torch.no_grad()
+def test_clip_vit_at_other_resolutions(case):
+    golden = case("clip/clip_vit_interp")
+    config = golden.meta["config"]
+    vit = clip_of(golden, config["layers"], config["grid_checkpoint"] * config["patch_size"])
+    for grid in config["targets"]:
+        golden.check(interpolate_pos_embed(vit.pos_embed, int(grid), True)[0], f"pos_embed_{grid}")
+        golden.check(vit(golden[f"in/image_{grid}"]), f"features_{grid}")
+
+
+@torch.no_grad()
+def test_qformer_behind_clip(case):
+    """A file of BLIP-2's first stage, with all that reads and writes text in it."""
+    golden = case("clip/clip_qformer")
+    config = golden.meta["config"]
+    weights, ignored = from_official(golden.below("w/"), only_phi(None))
+    assert set(ignored) == set(golden.meta["ignored_keys"])
+    qformer = QFormer(qformer_config(config))
+    loaded(qformer, {name.removeprefix("qformer."): t for name, t in weights.items()})
+    features = golden["in/image_features"]
+    close(features, case("clip/clip_vit")["out/features"], 1e-6, "the features of clip_vit")
+    layers = recorded([qformer.norm, *qformer.layers])
+    golden.check(qformer.ln_vision(features), "ln_vision")
+    golden.check(qformer.ln_vision(golden["in/small"]), "ln_vision_small")
     golden.check(qformer(features), "last_hidden_state")
     for index, hidden in enumerate(layers):
         golden.check(hidden.expand(len(features), -1, -1), f"hidden{index}")
@@ -524,10 +585,10 @@ def test_nothing_in_the_directory_is_left_unused(golden, request):
     running = {item.name.split("[")[0] for item in request.session.items}
     if not {name for name in globals() if name.startswith("test_")} <= running:
         pytest.skip("says something only when all golden tests are running")
-    elsewhere = ("clip", "manifests", "data")  # fixtures of other parts of the project
+    elsewhere = ("manifests", "data")  # fixtures of other parts of the project
     files = [path.relative_to(golden).with_suffix("") for path in golden.rglob("*.*")
              if path.suffix in (".json", ".safetensors", ".pth")]  # fmt: skip
-    unused = {str(file) for file in files if file.parts[0] not in elsewhere} - set(CASES)
+    unused = {str(file) for file in files if not {*file.parts} & {*elsewhere}} - set(CASES)
     for name, case in CASES.items():
         unused |= {f"{name}: {key}" for key in case.tensors if key not in case.used
                    and not re.fullmatch(LEFT_OUT, key)}  # fmt: skip
