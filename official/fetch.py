@@ -1,0 +1,160 @@
+"""Downloads the official weight files: python official/fetch.py --out DIR
+
+    python official/fetch.py --list                what there is, how large, under which licence
+    python official/fetch.py --out DIR             all that stage 4 answers with
+    python official/fetch.py --out DIR --stage 2   what a model of stage 2 needs
+
+A broken download goes on where it stopped. A file gets its name only when it is whole: as long as
+the server and files.json say, with the hash that files.json knows, and not an error page.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+FILES = Path(__file__).with_name("files.json")
+CHUNK = 1 << 20
+TRIES, PAUSE = 5, 3  # in a row without a single new byte; seconds, more each time
+NOT_WEIGHTS = {
+    b"<": "a web page",
+    b"version https://git-lfs": "a git-lfs pointer, a note of where the file is",
+}
+
+
+def needed(files: list[dict], stage: int) -> list[dict]:
+    """The files that a model of this stage is made of."""
+    return [file for file in files if stage in file["stages"]]
+
+
+def describe(files: list[dict]) -> str:
+    lines = []
+    for file in files:
+        size = f"{file['bytes'] / 1e6:,.1f} MB" if file["bytes"] else "size unknown"
+        stages = ", ".join(map(str, file["stages"]))
+        lines += [f"{file['path']}  ({size}; stages {stages}): {file['what']}",
+                  f"    {file['url']}", f"    licence: {file['license']}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def fetch(file: dict, out: Path) -> bool:
+    """Makes sure that the file is in `out`; False if it was there already.
+
+    Raises ValueError, saying what to do, for what came and is not the file, OSError where nothing
+    comes. What has arrived of a broken download stays in FILE.part, for the next time.
+    """
+    path = out / file["path"]
+    part = path.with_name(path.name + ".part")
+    if path.exists():
+        check(path, file, path.stat().st_size)
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    total = download(file["url"], part)
+    try:
+        check(part, file, total)
+    except ValueError:
+        part.unlink()
+        raise
+    os.replace(part, path)
+    return True
+
+
+def download(url: str, part: Path) -> int:
+    """Appends to `part` until it is as long as the server says; returns that length."""
+    failures, total = 0, None
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            total = request(url, part, before)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # which means: there is nothing after what we have
+                raise ValueError(f"{url}: the server says {error.code} {error.reason}") from None
+            if total is None:  # so what we have is of another file
+                part.unlink()
+        except (HTTPException, OSError) as error:
+            print(f"{url}: {error}", file=sys.stderr)
+        size = part.stat().st_size if part.exists() else 0
+        if total is not None and size >= total:
+            return total
+        failures = 0 if size > before else failures + 1
+        if failures == TRIES:
+            raise OSError(f"{url}: no more bytes after {size}; run this again to go on from there")
+        time.sleep(PAUSE * failures)
+
+
+def request(url: str, part: Path, start: int) -> int:
+    """One attempt: writes what the server sends from byte `start` on; returns the whole length."""
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+        resumed = reply.status == 206
+        length = reply.headers.get("Content-Length")
+        if length is None:
+            raise ValueError(f"{url}: the server does not say how long the file is")
+        start = start if resumed else 0  # it sends everything anew
+        total = start + int(length)
+        with open(part, "ab" if resumed else "wb") as file, tqdm(
+            total=total, initial=start, unit="B", unit_scale=True, desc=part.stem
+        ) as bar:
+            while block := reply.read(CHUNK):
+                file.write(block)
+                bar.update(len(block))
+    return total
+
+
+def check(path: Path, file: dict, total: int) -> None:
+    """Raises ValueError unless the file can be the one that files.json describes."""
+    size, name = path.stat().st_size, file["path"]
+    with open(path, "rb") as opened:
+        beginning = opened.read(64).lstrip()
+    for start, kind in NOT_WEIGHTS.items():
+        if beginning.startswith(start):
+            raise ValueError(f"{name}: {file['url']} sent {kind} of {size} bytes, not the file")
+    if size != (file["bytes"] or total):
+        raise ValueError(
+            f"{name} has {size:,} bytes, and should have {file['bytes'] or total:,}; "
+            f"delete it, if it is there, and fetch it again"
+        )
+    if file["sha256"]:
+        found = sha256(path)
+        if not found.startswith(file["sha256"]):
+            raise ValueError(f"{name} has the hash {found}, and should have {file['sha256']}...; "
+                             f"delete it, if it is there, and fetch it again")  # fmt: skip
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as opened:
+        while block := opened.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Download the official weight files.")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=4)
+    parser.add_argument("--list", action="store_true", help="only say what there is")
+    given = parser.parse_args(arguments)
+    files = json.loads(FILES.read_text("utf-8"))
+    if given.list or given.out is None:
+        print(describe(files))
+        return 0
+    try:
+        for file in needed(files, given.stage):
+            print(f"{file['path']}: {'fetched' if fetch(file, given.out) else 'already there'}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
