@@ -11,7 +11,6 @@ where only the answer has labels; `collate` pads rows to a batch; `RecordDataset
 `mixture_batches` give rows for as long as training asks. Nothing here knows the model.
 """
 
-import codecs
 import json
 import os.path
 import random
@@ -80,7 +79,6 @@ def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
 # ---- text ----
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
@@ -129,34 +127,10 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} has no text; the vocabulary has {len(self)} ids")
         return self._bytes[token_id]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True, clean_up: bool = False) -> str:
-        """Text of `ids`; incomplete UTF-8 becomes U+FFFD. clean_up: as the official (slow Hugging
-        Face) tokenizer prints it, a space round every added token and none before punctuation."""
-        parts = [b""]
-        for i in ids:
-            if clean_up and i in self._added.values():
-                parts += [self.token_bytes(i), b""]
-            elif i != self.eos_token_id or not skip_special:
-                parts[-1] += self.token_bytes(i)
-        text = " ".join(part.decode("utf-8", "replace") for part in parts if part)
-        for spaced in CLEAN_UP if clean_up else ():
-            text = text.replace(spaced, spaced.strip())
-        return text
-
-
-class StreamDecoder:
-    """Text of ids that come one by one, held back until its UTF-8 characters are complete."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        is_end = token_id == self.tokenizer.eos_token_id
-        return "" if is_end else self.utf8.decode(self.tokenizer.token_bytes(token_id))
-
-    def flush(self) -> str:
-        return self.utf8.decode(b"", final=True)
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; incomplete UTF-8 becomes U+FFFD."""
+        kept = [i for i in ids if i != self.eos_token_id or not skip_special]
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
 
 
 def _byte_ranks(vocab: dict, merges: list[str], folder: Path) -> dict[bytes, int]:

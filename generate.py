@@ -14,6 +14,7 @@ Read it from the leaves to the root:
 """
 
 import argparse
+import codecs
 import difflib
 import re
 import sys
@@ -26,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import STAGES, StreamDecoder, Tokenizer, encode_prompt, inference_prompt
+from data import STAGES, Tokenizer, encode_prompt, inference_prompt
 from data import left_pad_collate, load_image, parse_boxes, preprocess
 from model import KVCache, Phi, TinyGPTV
 
@@ -92,7 +93,22 @@ def process_scores(scores: Tensor, history: Tensor, sampling: Sampling) -> Tenso
     return scores
 
 
-# ---- the end of an answer ----
+# ---- text, and the end of an answer ----
+class StreamDecoder:
+    """Text of ids that come one by one, held back until its UTF-8 characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        is_end = token_id == self.tokenizer.eos_token_id
+        return "" if is_end else self.utf8.decode(self.tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)
+
+
 class Answer:
     """The text of one row as its tokens come, stripped, and cut where `stop` begins.
 

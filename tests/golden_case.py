@@ -56,6 +56,24 @@ def close(actual, expected, atol, name):
     assert_close(actual, expected, rtol=0, atol=atol, msg=lambda message: f"{name}: {message}")
 
 
+CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+def official_decode(tokenizer, ids, skip_special=True):
+    """Text as the official (slow Hugging Face) tokenizer prints it: a space round every added
+    token, and none before punctuation."""
+    parts = [[]]
+    for i in ids:
+        if i in tokenizer._added.values():
+            parts += [[i], []]
+        elif i != tokenizer.eos_token_id or not skip_special:
+            parts[-1].append(i)
+    text = " ".join(tokenizer.decode(part, skip_special=False) for part in parts if part)
+    for spaced in CLEAN_UP:
+        text = text.replace(spaced, spaced.strip())
+    return text
+
+
 def number_after(word, text, default=None):
     """The number in "repetition_penalty 1.2", as text."""
     match = re.search(rf"{word} (\d[\d.]*\d|\d)", text)

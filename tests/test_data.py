@@ -125,16 +125,6 @@ def test_round_trip(phi):
         assert phi.decode(ids) == text and all(0 <= i < len(phi) for i in ids)
 
 
-def test_streaming_equals_decoding_and_holds_half_characters_back(phi):
-    rng = random.Random(1)
-    for text in (random_text(rng) for _ in range(200)):
-        stream = data.StreamDecoder(phi)
-        pieces = [stream.push(i) for i in phi.encode(text)]
-        assert "".join(pieces) + stream.flush() == text and "\ufffd" not in "".join(pieces)
-    stream = data.StreamDecoder(phi)
-    assert stream.push(phi.encode("한")[0]) == "" and stream.flush() == "\ufffd"
-
-
 def test_merges_as_merges_txt_says(phi):
     """A naive BPE over merges.txt, on words of letters."""
     lines = (TOKENIZER_FILES / "merges.txt").read_text("utf-8").split("\n")[1:-1]
@@ -191,10 +181,6 @@ def test_inconsistent_tokenizer_files_are_refused(small):
     (small / "merges.txt").unlink()
     with pytest.raises(ValueError, match=str(small)):
         data.Tokenizer(small)
-
-
-def test_official_clean_up(phi):
-    assert phi.decode(phi.encode("a dog , it 's .  b"), clean_up=True) == "a dog, it's.    b"
 
 
 # ---- texts and boxes ----

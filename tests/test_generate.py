@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 import generate as cli
 from bridge import ProjectorConfig, QFormerConfig
 from data import Tokenizer, inference_prompt, parse_boxes
-from generate import Answer, Sampling, answer, encode_images, generate, generate_ids, prepare
+from generate import Answer, Sampling, StreamDecoder, answer, encode_images, generate
+from generate import generate_ids, prepare
 from model import ModelConfig, PhiConfig, TinyGPTV
 from vision import VisionConfig
 
@@ -142,7 +143,16 @@ def test_draws_repeat_with_the_seed_and_follow_the_probabilities(model, image):
     assert abs(draw(3).float().mean() - 0.2) < 0.1  # of 100 draws: 2.5 standard deviations
 
 
-# ---- the end of an answer ----
+# ---- text, and the end of an answer ----
+def test_streaming_equals_decoding_and_holds_half_characters_back(tokenizer):
+    for text in ("a red star###", "  two\n spaces", "日本語 한국 🙂\u200d\u0301\xa0", "ß é"):
+        stream = StreamDecoder(tokenizer)
+        pieces = [stream.push(i) for i in tokenizer.encode(text)]
+        assert "".join(pieces) + stream.flush() == text and "\ufffd" not in "".join(pieces)
+    stream = StreamDecoder(tokenizer)
+    assert stream.push(tokenizer.encode("한")[0]) == "" and stream.flush() == "\ufffd"
+
+
 def listen(tokenizer, ids, stop="###"):
     row = Answer(tokenizer, stop)
     pieces = [row.push(token_id) for token_id in ids]

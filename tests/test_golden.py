@@ -26,8 +26,8 @@ import train
 from bridge import QFormer
 from golden_case import (
     Case, batch_of, close, full_model, grads_of, loaded, logits_of, lora_phi_of, number_after,
-    official_greedy, official_names, only_phi, phi_config, phi_of, prompt_embeds, qformer_config,
-    recorded, rows_of, schedule_of, trainable, turns_of, vision_config,
+    official_decode, official_greedy, official_names, only_phi, phi_config, phi_of, prompt_embeds,
+    qformer_config, recorded, rows_of, schedule_of, trainable, turns_of, vision_config,
 )  # fmt: skip
 from lora import merge_lora
 from model import Phi
@@ -410,7 +410,7 @@ def test_generate(case, tokenizer):
             bos=meta["kwargs"]["bos_token_id"], penalty=float(penalty),
         )  # fmt: skip
         assert ids.tolist() == expected.tolist()
-        answers = [tokenizer.decode(row.tolist(), clean_up=True).strip() for row in ids]
+        answers = [official_decode(tokenizer, row.tolist()).strip() for row in ids]
         assert answers == meta[f"answers_{name}" if name else "answers"]
 
 
@@ -437,7 +437,7 @@ def test_chat(case, tokenizer, name):
             bos=kwargs["bos_token_id"], penalty=kwargs["repetition_penalty"],
         )  # fmt: skip
         assert ids.tolist() == expected.tolist() == [turn["ids"]]
-        assert tokenizer.decode(turn["ids"], clean_up=True) == turn["decoded"]
+        assert official_decode(tokenizer, turn["ids"]) == turn["decoded"]
         assert turn["decoded"].split(sep)[0].strip() == turn["answer"]
         text, picture = text + turn["answer"], ""
 
@@ -558,8 +558,8 @@ def test_tokenizer(case, tokenizer):
     for text in meta["strings"] + meta["random_decodes"]:
         ids = text["ids"]
         assert tokenizer.decode(ids, skip_special=False) == text["decode_raw"]
-        assert tokenizer.decode(ids, skip_special=False, clean_up=True) == text["decode_default"]
-        assert tokenizer.decode(ids, clean_up=True) == text["decode_skip_special"]
+        assert official_decode(tokenizer, ids, skip_special=False) == text["decode_default"]
+        assert official_decode(tokenizer, ids) == text["decode_skip_special"]
 
 
 def test_tokenizer_files(case, tokenizer):
