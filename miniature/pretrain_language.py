@@ -41,14 +41,23 @@ ANY_ORDER = "[grounding] in any order"
 # How often a turn is of each task, at first and later.
 FIRST_TASKS = {ANY_ORDER: 8, "refer": 2}
 LATER_TASKS = {
-    ANY_ORDER: 4, "vqa": 7, "refer": 4, "identify": 2, "detection": 2, "grounding": 1, "caption": 1,
+    ANY_ORDER: 3, "vqa": 6, "where": 4, "compare": 4, "refer": 3, "identify": 2, "detection": 2,
+    "grounding": 1, "caption": 1,
 }  # fmt: skip
 PROBED = ("caption", "refer", "identify", "detection", "grounding")
 SLOT_NAMES = (*world.ATTRIBUTES, "x1", "y1", "x2", "y2")
 NAMED = {value: (name, value) for name, values in world.ATTRIBUTES.items() for value in values}
 NAMED |= {world.noun({"shape": shape}, plural=True): ("shape", shape) for shape in world.SHAPES}
 NAMED |= {"object": ("", ""), "objects": ("", "")}
+LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8
 ROW_TOKENS = 210  # rows of similar length waste little on padding
+
+
+def record_of(scene: world.Scene, rng: random.Random, task: str) -> dict:
+    """A record of a task or of a kind of question, or of another kind where a scene has none."""
+    if task not in world.VQA_KINDS:
+        return world.sample_record(scene, rng, task, 100)
+    return world.vqa_record(scene, rng, task) or world.sample_record(scene, rng, "vqa", 100)
 
 
 def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> list[tuple[str, str]]:
@@ -60,8 +69,7 @@ def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> lis
             answer = world.grounding_record(replace(scene, objects=objects))["caption"]
             prompt = user_turn(ANY_ORDER, 4, image=True)
         else:
-            record = world.sample_record(scene, rng, task, 100)
-            [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
+            [(prompt, answer)] = make_sample(record_of(scene, rng, task), 4, rng, (100, 100))
         seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
         turns.append((prompt.replace(seen, "") if turns else prompt, answer))
     return turns
@@ -76,7 +84,8 @@ def language_row(scene: world.Scene, turns: list, stage: int, tokenizer: Tokeniz
     row = encode_sample(turns, tokenizer, 1, len(words), 10**6, STAGES[stage].end_sym)
     texts = ["" if i < 0 else tokenizer.token_bytes(i).decode() for i in row["input_ids"].tolist()]
     referred = referred_objects(texts, scene)
-    return row | {"words": torch.tensor(ids).flatten(), "referred": referred}
+    words = torch.tensor(ids).flatten()
+    return row | {"words": words, "referred": referred, "looks": looks(scene)}
 
 
 def learn_all_text(row: dict) -> dict:
@@ -112,9 +121,22 @@ def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
     return torch.tensor(rows)
 
 
+def looks(scene: world.Scene) -> Tensor:
+    """(4, LOOKS) of 0 and 1: of each object, which attributes it has, and which of the eight lines
+    that cut the picture into ninths its centre has passed, from left to right and downwards."""
+    rows = torch.zeros(world.MAX_OBJECTS, LOOKS)
+    for row, obj in zip(rows, scene.objects):
+        has = [getattr(obj, name) == value
+               for name, values in world.ATTRIBUTES.items() for value in values]  # fmt: skip
+        passed = [at > line / 9 for at in obj.center for line in range(1, 9)]
+        row[:] = torch.tensor(has + passed)
+    return rows
+
+
 def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
     batch = collate(rows, tokenizer.pad_token_id)
-    batch["words"] = torch.stack([row["words"] for row in rows])
+    for key in ("words", "looks"):
+        batch[key] = torch.stack([row[key] for row in rows])
     batch["referred"] = pad_sequence([row["referred"] for row in rows], True, IGNORE)
     return batch
 
@@ -156,12 +178,14 @@ class LanguageScenes(IterableDataset):
 
 class Scaffold(nn.Module):
     """What only pre-training needs beside Phi, and is thrown away: a mark for each of the 32
-    places, and a linear head that tells from a token which objects it may mean."""
+    places, and two linear heads that tell from a token which objects it may mean, and how the
+    object looks if it can be but one."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.places = nn.Embedding(32, hidden_size)
         self.object_head = nn.Linear(hidden_size, world.MAX_OBJECTS)
+        self.look_head = nn.Linear(hidden_size, LOOKS)
         nn.init.normal_(self.places.weight, std=0.3)
 
 
@@ -178,20 +202,30 @@ def scene_embeds(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> Tens
     return phi.embed(batch["input_ids"], words + scaffold.places.weight)
 
 
-def language_loss(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss of the text, and of what the tokens of phrases and boxes tell, half-way through the
-    layers, of the objects they mean. Without the second, short answers alone would have to teach
-    to look up an object by its attributes; they do, but ten times more slowly."""
-    halfway: list[Tensor] = []
-    layer = phi.layers[len(phi.layers) // 2 - 1]
-    hook = layer.register_forward_hook(lambda module, inputs, output: halfway.append(output))
+def language_loss(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Losses of the text, of which objects a phrase or box means, and of how such an object looks.
+
+    Answers alone teach to look an object up by its attributes so slowly that it was not learned
+    in an hour. The other two are its two steps, asked for in the middle of the layers, where later
+    ones can use them: which object (after the third of six), then what of it (after the fourth).
+    """
+    hidden: list[Tensor] = []
+    middle = phi.layers[len(phi.layers) // 2 - 1 :][:2]
+    hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[-1])) for layer in middle]
     inputs_embeds = scene_embeds(phi, scaffold, batch)
     text_loss = phi.loss(inputs_embeds, batch["attention_mask"], batch["labels"])
-    hook.remove()
-    means = batch["referred"][..., 0] != IGNORE  # (B, T)
-    said = scaffold.object_head(halfway[0].float()[means])  # (n, 4)
-    true = batch["referred"][means].float()
-    return text_loss, F.binary_cross_entropy_with_logits(said, true)
+    for hook in hooks:
+        hook.remove()
+
+    rows, places = (batch["referred"][..., 0] != IGNORE).nonzero(as_tuple=True)
+    referred = batch["referred"][rows, places].float()  # (n, 4)
+    said = scaffold.object_head(hidden[0][rows, places].float())
+    object_loss = F.binary_cross_entropy_with_logits(said, referred)
+
+    one = referred.sum(-1) == 1
+    look = torch.einsum("no,nol->nl", referred[one], batch["looks"][rows[one]])
+    said = scaffold.look_head(hidden[1][rows[one], places[one]].float())
+    return text_loss, object_loss, F.binary_cross_entropy_with_logits(said, look)
 
 
 @torch.no_grad()
@@ -222,7 +256,15 @@ def language_probe(
     return {name: round(sum(found) / len(found), 3) for name, found in sorted(right.items())}
 
 
-def new_phi() -> Phi:
+def near_numbers(hidden_size: int) -> Tensor:
+    """(100, hidden_size) of about unit size: embeddings of 0 to 99. One half is waves that
+    neighbours share, so that what is learned of 37 holds for 38; the other is each number's own."""
+    frequencies = math.pi * 2 ** torch.linspace(-1, 4, hidden_size // 2)
+    angles = torch.arange(100)[:, None] / 100 * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1) + 0.7 * torch.randn(100, hidden_size)
+
+
+def new_phi(tokenizer: Tokenizer) -> Phi:
     """Phi with random weights.
 
     What is more than `init_weights` balances TinyGPT-V's norms: RMSNorm makes attention's output
@@ -238,6 +280,8 @@ def new_phi() -> Phi:
         for linear in (block.self_attn.dense, block.mlp.fc2):
             linear.weight.data /= math.sqrt(2 * len(phi.layers))
     nn.init.normal_(phi.embed_tokens.weight, std=0.5)
+    numbers = [tokenizer.encode(str(number))[0] for number in range(100)]
+    phi.embed_tokens.weight.data[numbers] = 0.5 * near_numbers(phi.config.hidden_size)
     phi.lm_head.weight.data = phi.embed_tokens.weight.data * 0.15  # what is read can be said
     return phi
 
@@ -248,7 +292,7 @@ def pretrain_language(
     """Phi from scratch on text alone; writes phi.safetensors."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(out)
-    phi, scaffold = new_phi(), Scaffold(PHI_PRESETS["mini"].hidden_size)
+    phi, scaffold = new_phi(tokenizer), Scaffold(PHI_PRESETS["mini"].hidden_size)
     optimizer = adamw([phi, scaffold])
     scenes = LanguageScenes(tokenizer, batch_size, copying=500, easy=1500)
     loader = iter(DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8))
@@ -257,9 +301,11 @@ def pretrain_language(
     for step in bar:
         batch = next(loader)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, object_loss = language_loss(phi, scaffold, batch)
-        optimizer_step(optimizer, loss + 2 * object_loss, learning_rate(step, steps, peak_lr))
-        losses = {"loss": round(loss.item(), 3), "objects": round(object_loss.item(), 3)}
+            text, objects, look = language_loss(phi, scaffold, batch)
+        total = text + 2 * objects + 2 * look
+        optimizer_step(optimizer, total, learning_rate(step, steps, peak_lr))
+        named = {"loss": text, "objects": objects, "looks": look}
+        losses = {name: round(value.item(), 3) for name, value in named.items()}
         bar.set_postfix(losses, refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_half(phi, out / "phi.safetensors")

@@ -44,6 +44,17 @@ def test_tokens_mean_the_objects_that_fit_what_was_said_so_far():
     ]  # fmt: skip
 
 
+def test_looks_are_attributes_and_place():
+    rows = language.looks(SCENE)
+    attributes = [value for values in world.ATTRIBUTES.values() for value in values]
+    for row, obj in zip(rows, SCENE.objects):
+        has = {name for name, bit in zip(attributes, row.tolist()) if bit}
+        assert has == {obj.size, obj.color, obj.fill, obj.shape}
+        passed = row[len(attributes) :].view(2, 8).sum(-1).tolist()
+        assert passed == [int(9 * at) for at in obj.center]
+    assert rows[2:].sum() == 0
+
+
 def test_a_row_of_text_holds_the_scene_and_its_loss_reaches_every_part():
     tokenizer, rng = Tokenizer(WEIGHTS), random.Random(1)
     turns = language.scene_turns(SCENE, rng, ["vqa", "refer", language.ANY_ORDER])
