@@ -367,7 +367,7 @@ def draw_answer(image: Image.Image, path: Path, task: str, asked: str, answered:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answers one question. What can be checked without the weights is checked before they load."""
+    """Answers one question. Device, files and sampling are checked before the weights load."""
     task = arguments.task or ("caption" if arguments.ask is None else "vqa")
     asked = asked_text(task, arguments.ask)
     sampling = Sampling(

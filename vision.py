@@ -28,7 +28,7 @@ class VisionConfig:
     num_heads: int
     intermediate_size: int
     layer_norm_eps: float = 1e-6
-    clip: bool = False  # CLIP's blocks in place of EVA's: see ClipViT
+    clip: bool = False  # CLIP's ViT in place of EVA's
 
 
 VISION_PRESETS = {
@@ -127,7 +127,12 @@ def interpolate_pos_embed(pos_embed: Tensor, grid: int, align_corners: bool = Fa
 
 
 class EvaViT(nn.Module):
-    """pixel_values (B, 3, S, S), normalised -> (B, 1 + (S/14)^2, C), the class token first."""
+    """pixel_values (B, 3, S, S), normalised -> (B, 1 + (S/14)^2, C), the class token first.
+
+    With config.clip it is CLIP's ViT-L/14 (arXiv 2103.00020), the other eye that BLIP-2 was trained
+    with. That one differs in small things: patches have no bias, but keys have; a norm comes before
+    the first block; GELU is approximated; corners stay aligned when positions are stretched.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -136,6 +141,9 @@ class EvaViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, config.hidden_size))
+        self.ln_pre = nn.Identity()
+        if config.clip:
+            self.ln_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def embed(self, pixel_values: Tensor) -> Tensor:
@@ -152,7 +160,7 @@ class EvaViT(nn.Module):
         return x + interpolate_pos_embed(self.pos_embed, height // patch, self.config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.embed(pixel_values)
+        x = self.ln_pre(self.embed(pixel_values))
         for block in self.blocks:
             x = block(x)
         return x
@@ -164,30 +172,14 @@ class EvaViT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.trunc_normal_(parameter, std=std)
-            elif not name.endswith(("norm1.weight", "norm2.weight")):
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for depth, block in enumerate(self.blocks, start=1):
             block.attn.proj.weight.data.div_(math.sqrt(2.0 * depth))
             block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * depth))
 
 
-class ClipViT(EvaViT):
-    """CLIP's ViT-L/14 (arXiv 2103.00020), the other eye that BLIP-2 was trained with.
-
-    The same from outside, and other in small things: patches have no bias, but keys have; a norm
-    comes before the first block; GELU is approximated; corners are aligned when positions are
-    stretched. Its last block is not used, as EVA's is not.
-    """
-
-    def __init__(self, config: VisionConfig):
-        super().__init__(config)
-        self.ln_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def embed(self, pixel_values: Tensor) -> Tensor:
-        return self.ln_pre(super().embed(pixel_values))
-
-
-# Our names of ClipViT -> those of `clip_vit_L.pth`, and -> Hugging Face's; `{}` is the block.
+# Our names of CLIP's ViT -> those of `clip_vit_L.pth`, and -> Hugging Face's; `{}` is the block.
 # "in_proj" is q, k and v in one, as official/weights.py makes it of what the files have.
 CLIP_NAMES = {
     "cls_token": "class_embedding",

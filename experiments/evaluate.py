@@ -215,9 +215,11 @@ def result_name(config: Config, stage: int) -> str:
     if config.bench == "jsonl":
         parts = [Path(config.data).resolve().parent.name, Path(config.data).stem]
     parts += [f"stage{stage}"] + ["blind"] * config.blind
-    for key in ("n", "seed", "weights"):
+    for key in ("n", "seed"):
         if (value := getattr(config, key)) != getattr(Config, key):
-            parts.append(f"{key}-{Path(str(value)).resolve().name}")
+            parts.append(f"{key}-{value}")
+    if (weights := Path(config.weights).resolve()) != Path(Config.weights).resolve():
+        parts.append(f"weights-{weights.name}")
     return "_".join(parts) + ".json"
 
 

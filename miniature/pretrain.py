@@ -7,8 +7,10 @@ tokenizer   a byte-level BPE from the world's texts (bpe.py), a few seconds
 vision      ViT and Q-Former together learn to write scenes out (pretrain_vision.py)
 language    Phi learns the world's texts without pictures (pretrain_language.py)
 
-The two long parts need one core each and can run side by side. No scene of theirs returns in
-stages 1 to 4, and none has a held-out pair of shape and color.
+The two long parts can run side by side. They overwrite miniature/weights, on which the shipped
+stages stand: train those anew afterwards. No scene of theirs returns in stages 1 to 4, and none has
+a held-out pair of shape and color; but half of the pictures have their color channels shuffled, and
+then no color is told.
 """
 
 import json
@@ -40,9 +42,13 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     config = asdict(ModelConfig.preset("mini", stage=0))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    for name, pretrain in PARTS.items():
-        if chosen in ("all", name):
-            pretrain(out)
+    try:
+        for name, pretrain in PARTS.items():
+            if chosen in ("all", name):
+                pretrain(out)
+    except ValueError as error:
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

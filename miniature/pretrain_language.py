@@ -5,6 +5,7 @@ Where the picture's 32 vectors will stand, Phi reads the 32 words of the scene w
 model they would take away what it can do, and the few steps of a small stage 1 can't repair that.
 """
 
+import itertools
 import json
 import math
 import random
@@ -30,7 +31,7 @@ from data import (
     user_turn,
 )
 from miniature import world
-from miniature.steps import adamw, batch_numbers, learning_rate, optimizer_step, save_half
+from miniature.steps import adamw, learning_rate, optimizer_step, save_half
 from model import PHI_PRESETS, Phi
 
 # A task of pre-training alone: the grounded description with its objects in random order. Read from
@@ -53,11 +54,11 @@ LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8
 ROW_TOKENS = 210  # rows of similar length waste little on padding
 
 
-def record_of(scene: world.Scene, rng: random.Random, task: str) -> dict:
-    """A record of a task or of a kind of question, or of another kind where a scene has none."""
-    if task not in world.VQA_KINDS:
-        return world.sample_record(scene, rng, task, 100)
-    return world.vqa_record(scene, rng, task) or world.sample_record(scene, rng, "vqa", 100)
+def record_of(scene: world.Scene, rng: random.Random, task: str) -> dict | None:
+    """A record of a task or of a kind of question; None where that can't be asked."""
+    if task in world.VQA_KINDS:
+        return world.vqa_record(scene, rng, task)
+    return world.sample_record(scene, rng, task, 100)
 
 
 def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> list[tuple[str, str]]:
@@ -69,7 +70,8 @@ def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> lis
             answer = world.grounding_record(replace(scene, objects=objects))["caption"]
             prompt = user_turn(ANY_ORDER, 4, image=True)
         else:
-            [(prompt, answer)] = make_sample(record_of(scene, rng, task), 4, rng, (100, 100))
+            record = record_of(scene, rng, task) or record_of(scene, rng, "vqa")
+            [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
         seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
         turns.append((prompt.replace(seen, "") if turns else prompt, answer))
     return turns
@@ -142,27 +144,28 @@ def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
 
 
 class LanguageScenes(IterableDataset):
-    """Batches of scenes written out, with what stages 1, 3 and 4 will say of them, without end.
+    """Batches of scenes written out, with what stages 1, 3 and 4 will say of them, without end,
+    for one worker.
 
-    The first `copying` batches are about boxes only, and up to batch `easy` there are at most two
+    The first `first` batches have FIRST_TASKS only, and up to batch `easy` there are at most two
     objects: to tell two apart is learned before four.
     """
 
-    def __init__(self, tokenizer: Tokenizer, batch_size: int, copying: int, easy: int):
+    def __init__(self, tokenizer: Tokenizer, batch_size: int, first: int, easy: int):
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.copying, self.easy = copying, easy
+        self.first, self.easy = first, easy
 
     def __iter__(self):
-        for number in batch_numbers():
-            first = 10**8 + number * self.batch_size
-            rows = [self.row(seed, number) for seed in range(first, first + self.batch_size)]
+        for number in itertools.count():
+            start = 10**8 + number * self.batch_size
+            rows = [self.row(seed, number) for seed in range(start, start + self.batch_size)]
             yield language_batch(rows, self.tokenizer)
 
     def row(self, seed: int, number: int) -> dict:
         most = 2 if number < self.easy else world.MAX_OBJECTS
         scene, rng = world.sample_scene(seed, "train", most), random.Random(seed)
-        weights = FIRST_TASKS if number < self.copying else LATER_TASKS
-        stage = 4 if number < self.copying else rng.choices((1, 3, 4), (1, 1, 10))[0]
+        weights = FIRST_TASKS if number < self.first else LATER_TASKS
+        stage = 4 if number < self.first else rng.choices((1, 3, 4), (1, 1, 10))[0]
         if stage == 4:
             tasks = rng.choices(list(weights), list(weights.values()), k=8)
             turns = scene_turns(scene, rng, tasks)
@@ -239,10 +242,7 @@ def language_probe(
         rows, names = [], []
         for seed in range(10**9, 10**9 + num_scenes):
             scene, rng = world.sample_scene(seed, split), random.Random(seed)
-            if task in world.VQA_KINDS:
-                record = world.vqa_record(scene, rng, task)
-            else:
-                record = world.sample_record(scene, rng, task, 100)
+            record = record_of(scene, rng, task)
             if record is not None:
                 turns = make_sample(record, 4, rng, (100, 100))
                 rows.append(language_row(scene, turns, 4, tokenizer))
@@ -250,7 +250,7 @@ def language_probe(
         batch = language_batch(rows, tokenizer)
         hidden = phi(scene_embeds(phi, scaffold, batch), batch["attention_mask"])
         labels = batch["labels"][:, 1:]
-        wrong = (phi.lm_head(hidden[:, :-1]).argmax(-1) != labels) & (labels != -100)
+        wrong = (phi.lm_head(hidden[:, :-1]).argmax(-1) != labels) & (labels != IGNORE)
         for name, is_right in zip(names, (~wrong.any(-1)).tolist()):
             right.setdefault(name, []).append(is_right)
     return {name: round(sum(found) / len(found), 3) for name, found in sorted(right.items())}
@@ -294,7 +294,7 @@ def pretrain_language(
     tokenizer = Tokenizer(out)
     phi, scaffold = new_phi(tokenizer), Scaffold(PHI_PRESETS["mini"].hidden_size)
     optimizer = adamw([phi, scaffold])
-    scenes = LanguageScenes(tokenizer, batch_size, copying=500, easy=1500)
+    scenes = LanguageScenes(tokenizer, batch_size, first=500, easy=1500)
     loader = iter(DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8))
     began = time.time()
     bar = tqdm(range(steps), desc="language")

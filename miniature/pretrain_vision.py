@@ -21,34 +21,34 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from bridge import QFORMER_PRESETS, QFormer
-from data import preprocess
+from data import IGNORE, preprocess
 from miniature import world
-from miniature.steps import adamw, batch_numbers, learning_rate, optimizer_step, save_half
+from miniature.steps import adamw, learning_rate, optimizer_step, save_half
 from vision import VISION_PRESETS, EvaViT
 
 SLOTS, SLOT_WORDS = world.MAX_OBJECTS, 8  # a slot is size, color, fill, shape, x1, y1, x2, y2
-ATTRIBUTES = ("size", "color", "fill", "shape")
+ATTRIBUTES = tuple(world.ATTRIBUTES)
 NUMBERS = [str(number) for number in range(100)]
 WORDS = ["none", *world.SIZES, *world.COLORS, *world.FILLS, *world.SHAPES, *NUMBERS]
 COLOR_PLACE = ATTRIBUTES.index("color")
-TIE = 3  # hundredths: objects this close from left to right may stand in either order
+TIE = 3  # hundredths that count as the same place
 
 
 class VisionScenes(IterableDataset):
-    """Batches of rendered scenes with their targets, without end. Every third batch has doubled
-    resolution, as stage 4 will; it is smaller, for it costs four times as much."""
+    """Batches of rendered scenes with their targets, without end, for one worker. Every third
+    batch has doubled resolution, as stage 4 will; it is smaller, for it costs four times as much.
+    """
 
-    def __init__(self, split: str, first_seed: int, batch_size: int, image_size: int):
-        self.split, self.first_seed = split, first_seed
+    def __init__(self, batch_size: int, image_size: int):
         self.batch_size, self.image_size = batch_size, image_size
 
     def __iter__(self):
-        for number in batch_numbers():
+        for number in itertools.count():
             doubled = number % 3 == 2
             size = self.image_size * (2 if doubled else 1)
             batch_size = self.batch_size // (3 if doubled else 1)
-            first = self.first_seed + number * self.batch_size
-            yield vision_batch(self.split, range(first, first + batch_size), size)
+            first = number * self.batch_size
+            yield vision_batch("train", range(first, first + batch_size), size)
 
 
 def vision_batch(split: str, seeds: range, image_size: int) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def hide_colors(batch: dict[str, Tensor], generator: torch.Generator) -> None:
             pixel_values[index] = pixel_values[index].mean(0, keepdim=True)
         else:
             pixel_values[index] = pixel_values[index][order]
-        words[index].view(SLOTS, SLOT_WORDS)[:, COLOR_PLACE] = -100
+        words[index].view(SLOTS, SLOT_WORDS)[:, COLOR_PLACE] = IGNORE
 
 
 def patch_targets(batch: dict[str, Tensor], grid: int) -> Tensor:
@@ -118,7 +118,7 @@ def said_by_patches(
 def patch_loss(heads: VisionHeads, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Every patch tells which object it shows, counted from the left, and its eight words."""
     loss, logits, words = said_by_patches(heads, features, batch)
-    said = F.cross_entropy(logits.flatten(0, 1), words.flatten(), ignore_index=-100)
+    said = F.cross_entropy(logits.flatten(0, 1), words.flatten(), ignore_index=IGNORE)
     return loss + SLOT_WORDS * said
 
 
@@ -142,7 +142,7 @@ def pair_costs(logits: Tensor, words: Tensor) -> Tensor:
     pairs = (batch_size, SLOTS, SLOTS, num_words)
     said = logits[:, :, None].expand(*pairs, len(WORDS)).flatten(0, 3)
     true = words[:, None].expand(pairs).flatten()
-    return F.cross_entropy(said, true, ignore_index=-100, reduction="none").view(pairs).sum(-1)
+    return F.cross_entropy(said, true, ignore_index=IGNORE, reduction="none").view(pairs).sum(-1)
 
 
 def query_loss(heads: VisionHeads, queries: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def query_loss(heads: VisionHeads, queries: Tensor, words: Tensor) -> tuple[Tens
 def word_accuracies(said: Tensor, true: Tensor, by: str) -> dict[str, Tensor]:
     """Shares of right attributes, and of boxes within 3 hundredths on every side; (n, 8) each."""
     found = {f"{by}_{name}": said[:, k] == true[:, k] for k, name in enumerate(ATTRIBUTES)}
-    near = ((said - true)[:, 4:].abs() <= 3).all(-1)
+    near = ((said - true)[:, 4:].abs() <= TIE).all(-1)
     right = (said == true)[:, :4].all(-1) & near
     return found | {f"{by}_box": near, f"{by}_all": right}
 
@@ -219,7 +219,7 @@ def pretrain_vision(
     vit.pos_embed.data = sincos_positions(grid, config.hidden_size)
     heads = VisionHeads(config.hidden_size, qformer.config.hidden_size)
     optimizer = adamw([vit, qformer, heads])
-    scenes = VisionScenes("train", 0, batch_size, config.image_size)
+    scenes = VisionScenes(batch_size, config.image_size)
     loader = iter(DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8))
     generator = torch.Generator().manual_seed(1)
     began = time.time()

@@ -1,20 +1,11 @@
 """What the two long runs of pre-training share: one step of AdamW, its learning rate, saving."""
 
-import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
-
-
-def batch_numbers() -> Iterator[int]:
-    """0, 1, 2, ... without end; in a DataLoader each worker gets its share of them."""
-    worker = get_worker_info()
-    return itertools.count(worker.id, worker.num_workers) if worker else itertools.count()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -26,7 +17,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 
 def adamw(modules: list[nn.Module], weight_decay: float = 0.05) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
+    """AdamW with weight decay on all but norms and biases."""
     parameters = [p for module in modules for p in module.parameters()]
     return torch.optim.AdamW(
         [
@@ -38,7 +29,7 @@ def adamw(modules: list[nn.Module], weight_decay: float = 0.05) -> torch.optim.A
 
 
 def save_half(module: nn.Module, path: Path) -> None:
-    """Writes the module in fp16: half the bytes, and no answer changes."""
+    """Writes the module in fp16, in half the bytes."""
     save_file({name: tensor.half() for name, tensor in module.state_dict().items()}, path)
 
 
@@ -48,5 +39,5 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) ->
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+    nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
     optimizer.step()

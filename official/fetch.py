@@ -1,6 +1,6 @@
 """Downloads the official weight files: python official/fetch.py --out DIR
 
-    python official/fetch.py --list                what there is, how large, under which licence
+    python official/fetch.py                       what there is, how large, under which licence
     python official/fetch.py --out DIR             all that stage 4 answers with
     python official/fetch.py --out DIR --stage 2   what a model of stage 2 needs
 
@@ -69,20 +69,21 @@ def fetch(file: dict, out: Path) -> bool:
 
 def download(url: str, part: Path) -> int:
     """Appends to `part` until it is as long as the server says; returns that length."""
-    failures, total = 0, None
+    failures = total = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
             total = request(url, part, before)
         except urllib.error.HTTPError as error:
-            if error.code != 416:  # which means: there is nothing after what we have
+            if error.code == 416:  # there is nothing after what we have: "bytes */LENGTH"
+                length = error.headers.get("Content-Range", "*/0").rpartition("/")[2]
+                total = total or int(length)
+            elif error.code < 500 and error.code != 429:
                 raise ValueError(f"{url}: the server says {error.code} {error.reason}") from None
-            if total is None:  # so what we have is of another file
-                part.unlink()
         except (HTTPException, OSError) as error:
             print(f"{url}: {error}", file=sys.stderr)
         size = part.stat().st_size if part.exists() else 0
-        if total is not None and size >= total:
+        if total and size >= total:
             return total
         failures = 0 if size > before else failures + 1
         if failures == TRIES:
@@ -122,11 +123,13 @@ def check(path: Path, file: dict, total: int) -> None:
             f"{name} has {size:,} bytes, and should have {file['bytes'] or total:,}; "
             f"delete it, if it is there, and fetch it again"
         )
-    if file["sha256"]:
+    if file["sha256_prefix"]:
         found = sha256(path)
-        if not found.startswith(file["sha256"]):
-            raise ValueError(f"{name} has the hash {found}, and should have {file['sha256']}...; "
-                             f"delete it, if it is there, and fetch it again")  # fmt: skip
+        if not found.startswith(file["sha256_prefix"]):
+            raise ValueError(
+                f"{name} has the hash {found}, and should have {file['sha256_prefix']}...; "
+                f"delete it, if it is there, and fetch it again"
+            )
 
 
 def sha256(path: Path) -> str:
@@ -139,12 +142,11 @@ def sha256(path: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Download the official weight files.")
-    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="without it: say what there is")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=4)
-    parser.add_argument("--list", action="store_true", help="only say what there is")
     given = parser.parse_args(arguments)
     files = json.loads(FILES.read_text("utf-8"))
-    if given.list or given.out is None:
+    if given.out is None:
         print(describe(files))
         return 0
     try:

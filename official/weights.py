@@ -1,9 +1,10 @@
 """Between the names of the official weight files and ours.
 
 The readable names of this code base and the official ones meet in the tables beside the classes
-(QFORMER_NAMES, PROJECTOR_NAMES, PHI_NAMES; the ViT's names are the official ones). Here the tables
-are put together and used in both directions. Two things are more than a name: Phi-2 comes in three
-layouts, and the official code interleaves the rows of q, k and v by head, where we keep blocks.
+(QFORMER_NAMES, PROJECTOR_NAMES, PHI_NAMES; the names of EVA's ViT are the official ones). Here the
+tables are put together and used in both directions, CLIP_NAMES in one. Some things are more than a
+name: Phi-2 comes in three layouts, the official code interleaves the rows of q, k and v by head,
+where we keep blocks, and CLIP's biases of q, k and v are one.
 """
 
 import re
@@ -79,30 +80,35 @@ def is_interleaved(name: str) -> bool:
     return ".self_attn.qkv." in name and ".lora_A." not in name
 
 
+def join_qkv(tensors: dict[str, Tensor], joined: str) -> dict[str, Tensor]:
+    """Makes one tensor [q | k | v], named `joined`, of each q_proj, k_proj and v_proj."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if re.search(r"\.[qkv]_proj\.", name)]:
+        names = [re.sub(r"\.[qkv]_proj\.", f".{x}_proj.", name) for x in "qkv"]
+        if missing := [part for part in names if part not in tensors]:
+            raise ValueError(f"{name} is there, but {missing[0]} is not")
+        if name == names[0]:
+            whole = torch.cat([tensors[part] for part in names])
+            tensors[name.replace("q_proj", joined)] = whole
+    return {name: t for name, t in tensors.items() if not re.search(r"\.[qkv]_proj\.", name)}
+
+
 def phi_from_official(tensors: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Phi-2 in any of its three layouts -> tensors by our names, below `phi`.
 
     Microsoft's first release (transformer.h.N.mixer.Wqkv), today's (q_proj, k_proj, v_proj) and the
-    one that the official code reads (query_key_value). Raises ValueError for a name of none.
+    one that the official code reads (query_key_value, rows by head). Raises ValueError for a name
+    of none.
     """
-    tensors = dict(tensors)
-    for name in [name for name in tensors if ".q_proj." in name]:
-        names = [name.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
-        if missing := [name for name in names if name not in tensors]:
-            raise ValueError(f"{name} is there, but {missing[0]} is not")
-        parts = [tensors.pop(name) for name in names]
-        fused = by_heads(torch.cat(parts), num_heads)
-        tensors[name.replace("q_proj", "query_key_value")] = fused
+    by_head = any(".query_key_value." in name for name in tensors)
     is_microsoft = any(name.startswith("transformer.") for name in tensors)
     table = MICROSOFT_NAMES if is_microsoft else OUR_PHI_NAMES
     state = {}
-    for name, tensor in tensors.items():
+    for name, tensor in join_qkv(tensors, "query_key_value").items():
         ours = rename(name, table)
         if ours is None:
             raise ValueError(f"{name} is no tensor of Phi-2 in a known layout")
-        if is_interleaved(ours) and not is_microsoft:
-            tensor = by_blocks(tensor, num_heads)
-        state[ours] = tensor
+        state[ours] = by_blocks(tensor, num_heads) if by_head and is_interleaved(ours) else tensor
     return state
 
 
@@ -112,27 +118,34 @@ def clip_from_official(
     """CLIP's ViT as LAVIS, OpenAI or Hugging Face store it -> (tensors by our names, below
     `visual_encoder`; ignored names with the reason). Raises ValueError for a name without place.
     """
-    is_hf = any(name.startswith("vision_model.") for name in tensors)
-    table = {theirs: ours for ours, theirs in (CLIP_HF_NAMES if is_hf else CLIP_NAMES).items()}
-    state, ignored, parts = {}, {}, {}
+    table = CLIP_NAMES
+    if any(name.startswith("vision_model.") for name in tensors):
+        table = CLIP_HF_NAMES
+    is_openai = any(name.startswith("visual.") for name in tensors)
+    used, ignored = {}, {}
     for name, tensor in tensors.items():
         plain = name.removeprefix("visual.").replace("in_proj_", "in_proj.")
         layer = re.search(r"(?:resblocks|encoder\.layers)\.(\d+)\.", plain)
-        if re.match(CLIP_UNUSED, plain) or (layer and int(layer[1]) >= num_layers):
+        is_text = is_openai and not name.startswith("visual.")
+        if is_text or re.match(CLIP_UNUSED, plain) or (layer and int(layer[1]) >= num_layers):
             ignored[name] = "not part of the picture's path through CLIP"
-        elif is_hf and (part := re.search(r"\.([qkv])_proj\.", plain)):
-            whole = plain.replace(part[0], ".in_proj.")
-            parts.setdefault(rename(whole, table), {})[part[1]] = tensor
-        elif ours := rename(plain, table):
-            state[ours] = tensor
         else:
+            used[plain] = tensor
+
+    theirs = {name: ours for ours, name in table.items()}
+    state = {}
+    for name, tensor in join_qkv(used, "in_proj").items():
+        ours = rename(name, theirs)
+        if ours is None:
             raise ValueError(f"{name} is no tensor of CLIP's ViT in a known layout")
-    state |= {name: torch.cat([part[x] for x in "qkv"]) for name, part in parts.items()}
+        state[ours] = tensor
+    if missing := [table[ours] for ours in ("cls_token", "pos_embed") if ours not in state]:
+        raise ValueError(f"{missing[0]} is missing")
+    state["cls_token"] = state["cls_token"].view(1, 1, -1)
+    state["pos_embed"] = state["pos_embed"][None]
     for name in [name for name in state if name.endswith(".qkv.bias")]:
         for x, bias in zip("qkv", state.pop(name).chunk(3)):
             state[name.replace("qkv.bias", f"{x}_bias")] = bias
-    state["cls_token"] = state["cls_token"].view(1, 1, -1)
-    state["pos_embed"] = state["pos_embed"][None]
     return state, ignored
 
 

@@ -25,15 +25,21 @@ class Server(BaseHTTPRequestHandler):
         if self.path == "/missing":
             return self.send_error(404)
         if start >= len(CONTENT):
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            return self.end_headers()
+        if self.path == "/busy" and len(self.asked) <= 2:
+            return self.send_error(503)
         if self.path == "/page":
             body = b"\n<!DOCTYPE html><p>Sorry.</p>"
+        if self.path == "/pointer":
+            body = b"version https://git-lfs.github.com/spec/v1\noid sha256:00"
         self.send_response(206 if start else 200)
         length = len(body) + (1000 if self.path == "/too-short" else 0)
         self.send_header("Content-Length", str(length))
         self.end_headers()
-        breaks = self.path == "/breaks" and len(self.asked) <= 3 or self.path == "/no-ranges"
-        self.wfile.write(body[: 300_000 if breaks and len(self.asked) <= 3 else None])
+        breaks = self.path in ("/breaks", "/no-ranges") and len(self.asked) <= 3
+        self.wfile.write(body[: 300_000 if breaks else None])
 
     def log_message(self, *_):
         pass
@@ -49,7 +55,7 @@ def file(tmp_path, monkeypatch):
 
     def entry(path, **values):
         url = f"http://127.0.0.1:{server.server_port}/{path}"
-        return {"path": f"folder/{path}", "url": url, "bytes": None, "sha256": None} | values
+        return {"path": f"folder/{path}", "url": url, "bytes": None, "sha256_prefix": None} | values
 
     yield entry
     server.shutdown()
@@ -58,7 +64,7 @@ def file(tmp_path, monkeypatch):
 
 def test_a_whole_file_gets_its_name_and_is_not_fetched_twice(file, tmp_path):
     digest = hashlib.sha256(CONTENT).hexdigest()
-    good = file("good", bytes=len(CONTENT), sha256=digest[:8])
+    good = file("good", bytes=len(CONTENT), sha256_prefix=digest[:8])
     assert fetch.fetch(good, tmp_path) and not fetch.fetch(good, tmp_path)
     assert (tmp_path / "folder" / "good").read_bytes() == CONTENT
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["good"]
@@ -81,16 +87,20 @@ def test_a_part_from_another_day_is_completed(file, tmp_path):
     part = tmp_path / "folder" / "good.part"
     part.write_bytes(CONTENT[:1234])
     assert fetch.fetch(file("good", bytes=len(CONTENT)), tmp_path) and not part.exists()
-    part.write_bytes(CONTENT + b"too long")
-    (tmp_path / "folder" / "good").unlink()
-    assert fetch.fetch(file("good"), tmp_path)
+    (tmp_path / "folder" / "good").rename(part)  # as if stopped before it got its name
+    assert fetch.fetch(file("good"), tmp_path) and Server.asked[-1] == "bytes=1048576-"
     assert (tmp_path / "folder" / "good").read_bytes() == CONTENT
+
+
+def test_a_busy_server_is_asked_again(file, tmp_path):
+    assert fetch.fetch(file("busy"), tmp_path) and len(Server.asked) == 3
 
 
 @pytest.mark.parametrize("path, values, reason", [
     ("page", {}, "sent a web page of 29 bytes"),
+    ("pointer", {}, "sent a git-lfs pointer"),
     ("good", {"bytes": 10}, "has 1,048,576 bytes, and should have 10;"),
-    ("good", {"sha256": "00000000"}, "has the hash "),
+    ("good", {"sha256_prefix": "00000000"}, "has the hash "),
     ("missing", {}, "404"),
 ])
 def test_what_is_not_the_file_gets_no_name(file, tmp_path, path, values, reason):
@@ -105,11 +115,21 @@ def test_fewer_bytes_than_promised_are_kept_for_the_next_time(file, tmp_path):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["too-short.part"]
 
 
-def test_the_list_names_every_file_of_a_stage(capsys):
+def test_the_list_names_every_file_and_a_stage_needs_its_own(capsys):
     files = json.loads(fetch.FILES.read_text("utf-8"))
-    assert fetch.main(["--list"]) == 0
+    assert fetch.main([]) == 0
     listed = capsys.readouterr().out
     assert all(file["path"] in listed and file["url"] in listed for file in files)
     names = [file["path"] for file in fetch.needed(files, 2)]
     assert [name for name in names if "Stage" in name] == ["TinyGPT-V_for_Stage2.pth"]
     assert {"eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "phi-2/vocab.json"} <= set(names)
+
+
+def test_the_command_line(file, tmp_path, monkeypatch, capsys):
+    listed = tmp_path / "files.json"
+    listed.write_text(json.dumps([file("good", stages=[4]), file("missing", stages=[1])]))
+    monkeypatch.setattr(fetch, "FILES", listed)
+    assert fetch.main(["--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "folder/good: fetched\n"
+    assert fetch.main(["--out", str(tmp_path), "--stage", "1"]) == 2
+    assert "404" in capsys.readouterr().err.splitlines()[-1]

@@ -32,7 +32,7 @@ from golden_case import (
 from lora import merge_lora
 from model import Phi
 from official.weights import clip_from_official, from_official, phi_from_official, to_official
-from vision import ClipViT, EvaViT, VisionConfig, interpolate_pos_embed
+from vision import EvaViT, VisionConfig, interpolate_pos_embed
 
 LEFT_OUT = r".*(beam\d|minlen\d).*"  # beam search and a minimum length are not part of this project
 CASES: dict[str, Case] = {}  # all that the tests have read
@@ -99,9 +99,9 @@ def test_qformer(case):
 
 
 def clip_of(golden, num_layers, image_size):
-    """ClipViT from a fixture's file, which has more in it than is used."""
+    """CLIP's ViT from a fixture's file, which has more in it than is used."""
     config = golden.meta["config"]
-    vit = ClipViT(VisionConfig(
+    vit = EvaViT(VisionConfig(
         image_size, config["patch_size"], config["width"], num_layers, config["heads"],
         config["mlp_hidden"], config["norm_eps"], clip=True,
     ))  # fmt: skip
@@ -127,7 +127,7 @@ def test_clip_vit_in_both_layouts(case, name):
         assert unlike.abs().max() > 0.1 and len(golden["out/pooler_output"]) == len(unlike)
         golden["out/hidden" + str(config["hf_num_hidden_layers"])]
     else:
-        golden.check(EvaViT.embed(vit, golden["in/image"]), "embeddings")
+        golden.check(vit.embed(golden["in/image"]), "embeddings")
 
 
 @torch.no_grad()
