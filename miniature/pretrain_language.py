@@ -192,17 +192,20 @@ class Scaffold(nn.Module):
         nn.init.normal_(self.places.weight, std=0.3)
 
 
-def scene_embeds(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> Tensor:
+def scene_embeds(
+    phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor], noise: float = 0.0
+) -> Tensor:
     """Embedded rows, with the scene's words where the picture's vectors will be.
 
     Each word carries a mark of its place, as each query has a voice of its own, and the four
-    attributes of its object more quietly, as the queries do (pretrain_vision.query_loss).
+    attributes of its object more quietly, as the queries do (pretrain_vision.query_loss). noise:
+    standard deviation of what is added, for a picture's vectors will never be as clean as words.
     """
     words = phi.embed_tokens(batch["words"])  # (B, 32, hidden_size)
     slots = words.unflatten(1, (world.MAX_OBJECTS, -1))  # (B, 4, 8, hidden_size)
     known = slots[:, :, : len(world.ATTRIBUTES)].sum(2, keepdim=True)
-    words = (slots + 0.5 * known).flatten(1, 2)
-    return phi.embed(batch["input_ids"], words + scaffold.places.weight)
+    words = (slots + 0.5 * known).flatten(1, 2) + scaffold.places.weight
+    return phi.embed(batch["input_ids"], words + noise * torch.randn_like(words))
 
 
 def language_loss(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -215,7 +218,7 @@ def language_loss(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> tup
     hidden: list[Tensor] = []
     middle = phi.layers[len(phi.layers) // 2 - 1 :][:2]
     hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[-1])) for layer in middle]
-    inputs_embeds = scene_embeds(phi, scaffold, batch)
+    inputs_embeds = scene_embeds(phi, scaffold, batch, noise=0.2)
     text_loss = phi.loss(inputs_embeds, batch["attention_mask"], batch["labels"])
     for hook in hooks:
         hook.remove()
