@@ -216,6 +216,20 @@ def prepare(
     return inputs_embeds, batch["attention_mask"].to(device)
 
 
+def push_answers(
+    model: TinyGPTV, batch: tuple[Tensor, Tensor], rows: Sequence[Answer], max_new_tokens: int,
+    sampling: Sampling = Sampling(), history: Tensor | None = None,
+) -> Iterator[list[str]]:  # fmt: skip
+    """Generates for a batch of `prepare` until every row is finished, or can't be; yields, token by
+    token, what is new in each row."""
+    num_ids = len(model.tokenizer)
+    stream = generate_ids(model.phi, *batch, max_new_tokens, sampling, num_ids, history)
+    for ids, _ in stream:
+        yield [row.push(token_id) for row, token_id in zip(rows, ids.tolist())]
+        if all(row.finished for row in rows):
+            return
+
+
 def decode(
     model: TinyGPTV, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str],
     sampling: Sampling, max_new_tokens: int, official: bool,
@@ -229,11 +243,11 @@ def decode(
     stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
     history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
     rows = [Answer(tokenizer, *stop) for _ in prompts]
-    stream = generate_ids(model.phi, *batch, max_new_tokens, sampling, len(tokenizer), history)
-    for steps, (ids, _) in enumerate(stream, 1):
-        yield [row.push(token_id) for row, token_id in zip(rows, ids.tolist())]
-        if all(row.finished for row in rows):
-            return
+    stream = push_answers(model, batch, rows, max_new_tokens, sampling, history)
+    for steps, pieces in enumerate(stream, 1):
+        yield pieces
+    if all(row.finished for row in rows):
+        return
     cut = sum(not row.finished for row in rows)
     positions = model.phi.config.max_position_embeddings
     limit = "max_new_tokens" if steps == max_new_tokens else f"the model's {positions} positions"

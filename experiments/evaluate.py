@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import STAGES, format_box, inference_prompt, load_image, read_records
 from experiments.scores import Count, metrics, score
-from generate import Answer, encode_images, generate_ids, prepare
+from generate import Answer, encode_images, prepare, push_answers
 from miniature import world
 from model import TinyGPTV
 from train import key_values
@@ -116,12 +116,8 @@ def ask(
     for encoded pictures. image_embeds (num_prompts, num_queries, hidden_size)."""
     batch = prepare(model, image_embeds, [1] * len(prompts), prompts)
     answers = [Answer(model.tokenizer, STAGES[model.stage].end_sym) for _ in prompts]
-    num_ids = len(model.tokenizer)
-    for ids, _ in generate_ids(model.phi, *batch, max_new_tokens, num_ids=num_ids):
-        for answer, token_id in zip(answers, ids.tolist()):
-            answer.push(token_id)
-        if all(answer.finished for answer in answers):
-            break
+    for _ in push_answers(model, batch, answers, max_new_tokens):
+        pass  # the answers remember what they were told
     cut = [not answer.finished for answer in answers]
     return [(answer.shown + answer.close(), is_cut) for answer, is_cut in zip(answers, cut)]
 

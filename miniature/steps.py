@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train import optimizer_groups
+
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
     """Linear warm-up, then a cosine to a hundredth of the peak."""
@@ -18,14 +20,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 def adamw(modules: list[nn.Module], weight_decay: float = 0.05) -> torch.optim.AdamW:
     """AdamW with weight decay on all but norms and biases."""
-    parameters = [p for module in modules for p in module.parameters()]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
+    groups = optimizer_groups(nn.ModuleList(modules), weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def save_half(module: nn.Module, path: Path) -> None:
