@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data import STAGES, Tokenizer, encode_prompt, inference_prompt
 from data import left_pad_collate, load_image, parse_boxes, preprocess
-from model import KVCache, Phi, TinyGPTV
+from model import KVCache, Phi, TinyGPTV, autocast
 
 
 # ---- sampling ----
@@ -171,8 +171,9 @@ def generate_ids(
     ids = attention_mask.new_empty(B, 0) if history is None else history
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding takes no positions
     for _ in range(steps):
-        hidden = phi(inputs_embeds, attention_mask, position_ids, cache)
-        scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
+        with autocast(phi):
+            hidden = phi(inputs_embeds, attention_mask, position_ids, cache)
+            scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
         scores[:, num_ids or scores.shape[1] :] = float("-inf")
         scores = process_scores(scores, ids, sampling)
         if sampling.temperature == 0:
@@ -192,7 +193,8 @@ def encode_images(model: TinyGPTV, images: Sequence[Image.Image]) -> Tensor | No
     if not images:
         return None
     pixels = torch.stack([preprocess(image, model.image_size) for image in images])
-    return model.encode_images(pixels.to(model.phi.lm_head.weight.device))
+    with autocast(model.phi):
+        return model.encode_images(pixels.to(model.phi.lm_head.weight.device))
 
 
 @torch.inference_mode()
@@ -320,6 +322,9 @@ ASK_FOR = {  # task: what --ask has to be
 }  # fmt: skip
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(message)  # argparse would print all options and exit
@@ -336,6 +341,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", type=Path, default=weights, metavar="DIR", help="the miniature by default")
     add("--stage", type=int, choices=STAGES, help="of training; the last by default")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    add("--dtype", choices=DTYPES, help="fp32 by default; for official weights bf16 or fp16")
     add("--temperature", type=float, default=0.0, help="0, the default: top-k and top-p are idle")
     add("--top-k", type=int, default=0, help="0, the default, keeps all tokens")
     numbers = {"top-p": 1.0, "repetition-penalty": 1.0, "max-new-tokens": 120, "seed": 0}
@@ -356,11 +362,14 @@ def asked_text(task: str, ask: str | None) -> str:
     return ask or ""
 
 
-def check_machine(device: str, output: Path | None) -> None:
-    """Raises ValueError unless the device is there and `output` can become a picture."""
+def check_machine(device: str, dtype: str | None, output: Path | None) -> None:
+    """Raises ValueError unless the device is there, can compute with the dtype, and `output` can
+    become a picture."""
     backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device)
     if backend is not None and not backend.is_available():
         raise ValueError(f"--device {device}: torch finds no such device here; use --device cpu")
+    if device == "cpu" and dtype == "fp16":
+        raise ValueError("--dtype fp16: a CPU multiplies fp16 very slowly; use bf16 or fp32")
     if output is None:
         return
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
@@ -388,9 +397,12 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.temperature, arguments.top_k, arguments.top_p,
         arguments.repetition_penalty, arguments.seed,
     )  # fmt: skip
-    check_machine(arguments.device, arguments.draw)
+    check_machine(arguments.device, arguments.dtype, arguments.draw)
     image = load_image(arguments.img)
-    model = TinyGPTV.from_pretrained(arguments.weights, arguments.stage, arguments.device)
+    dtype = arguments.dtype and DTYPES[arguments.dtype]
+    model = TinyGPTV.from_pretrained(arguments.weights, arguments.stage, arguments.device, dtype)
+    if model.load_report:
+        print(model.load_report, file=sys.stderr)
     prompt = inference_prompt(task, asked, model.stage)
     pieces = []
     for piece in generate(model, [image], prompt, sampling, arguments.max_new_tokens):

@@ -16,7 +16,7 @@ LayerNorm on queries and keys, and RMSNorm on what attention returns.
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -309,14 +309,17 @@ class ModelConfig:
     stage: int  # of training, 1 to 4; 0 is before the first
 
     @classmethod
-    def preset(cls, name: str, stage: int) -> "ModelConfig":
-        """"full" is the official size, "mini" the miniature: only numbers differ."""
+    def preset(cls, name: str, stage: int, vision: str = "") -> "ModelConfig":
+        """"full" is the official size, "mini" the miniature: only numbers differ. vision: "clip"
+        for CLIP's ViT in the place of EVA's."""
         if name not in PHI_PRESETS:
             raise ValueError(f"preset={name} is not known; choose from {', '.join(PHI_PRESETS)}")
+        vision_config = VISION_PRESETS[vision or name]
+        qformer = replace(QFORMER_PRESETS[name], vision_hidden_size=vision_config.hidden_size)
         return cls(
-            VISION_PRESETS[name], QFORMER_PRESETS[name], PROJECTOR_PRESETS[name],
-            PHI_PRESETS[name], LORA_PRESETS[name] if stage >= 2 else None, stage,
-        )  # fmt: skip
+            vision_config, qformer, PROJECTOR_PRESETS[name], PHI_PRESETS[name],
+            LORA_PRESETS[name] if stage >= 2 else None, stage,
+        )
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
@@ -326,6 +329,23 @@ class ModelConfig:
             ProjectorConfig(**values["projector"]), PhiConfig(**values["phi"]),
             LoRAConfig(**lora) if lora else None, values["stage"],
         )  # fmt: skip
+
+
+def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Linear maps and embeddings to `dtype`; what the stages train, norms and positions stay fp32.
+    With a half dtype the model computes under torch.autocast."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if not is_trainable(f"{prefix}.{name}"):
+                    parameter.data = parameter.data.to(dtype)
+
+
+def autocast(phi: Phi) -> torch.autocast:
+    """Half precision for a model whose weights are in it; changes nothing for fp32."""
+    weight = phi.lm_head.weight
+    is_half = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(weight.device.type, weight.dtype, enabled=is_half)
 
 
 def is_new(name: str) -> bool:
@@ -347,6 +367,7 @@ class TinyGPTV(nn.Module):
         super().__init__()
         self.config = config
         self.stage = config.stage
+        self.load_report = ""  # what a loader has to say
         self.visual_encoder = EvaViT(config.vision)
         self.qformer = QFormer(config.qformer)
         self.projector = Projector(config.projector)
@@ -377,23 +398,31 @@ class TinyGPTV(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, stage: int | None = None, device: str = "cpu"
-    ) -> "TinyGPTV":
+        cls, directory: str | Path, stage: int | None = None, device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "TinyGPTV":  # fmt: skip
         """The model of a weights directory, ready to answer (`model.tokenizer` is set).
 
         directory: a checkpoint directory, or one that holds backbones and stage1 ... stage4; of
-        those `stage` picks one, the last by default, and 0 the backbones with a new projector.
-        Raises ValueError or FileNotFoundError, naming file and tensor, unless every tensor is
-        there, has its shape, is finite, and none is left over.
+        those `stage` picks one, the last by default, and 0 the backbones with a new projector. Or
+        a folder with the official files (official/load.py). dtype: of the frozen linear maps and
+        embeddings; fp32 by default, of official files half precision. Raises ValueError or
+        FileNotFoundError, naming file and tensor, unless every tensor is there, has its shape, is
+        finite, and none is left over.
         """
+        if is_official(Path(directory)):
+            from official.load import load_official  # it is built on this file
+
+            return load_official(directory, stage, device, dtype)
         folder = checkpoint_directory(Path(directory), stage)
         config, backbones = read_config(folder)
         if stage not in (None, config.stage):
             raise ValueError(f"{directory} holds stage {config.stage}, not {stage}")
         with torch.device("meta"):  # no memory for weights that the files are about to bring
             model = cls(config)
+        set_dtype(model, dtype or torch.float32)
         model.backbones = folder / backbones
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        expected = model.state_dict()
         state: dict[str, Tensor] = {}
         for name, prefix in BACKBONE_FILES.items():
             state |= read_tensors(model.backbones / name, prefix, expected)
@@ -416,6 +445,11 @@ BACKBONE_FILES = {
     "qformer.safetensors": "qformer.",
     "phi.safetensors": "phi.",
 }
+
+
+def is_official(directory: Path) -> bool:
+    """Whether a folder holds official files. Their ViT and Q-Former are pickles; ours are not."""
+    return any(path.suffix in (".pth", ".bin") for path in directory.rglob("*"))
 
 
 def checkpoint_directory(directory: Path, stage: int | None) -> Path:
@@ -444,9 +478,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"{path} does not describe a model: {error!r}") from None
 
 
-def read_tensors(path: Path, prefix: str, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Tensors of one safetensors file in fp32, their names after `prefix`; each one is expected,
-    has the expected shape, and is finite, or ValueError says which is not."""
+def read_tensors(path: Path, prefix: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, checked, their names after `prefix`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     try:
@@ -454,18 +487,25 @@ def read_tensors(path: Path, prefix: str, expected: dict[str, torch.Size]) -> di
     except (SafetensorError, OSError, ValueError) as error:
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
-    state = {}
-    for name, tensor in tensors.items():
-        name = prefix + name
-        if name not in expected:
-            raise ValueError(f"{path}: unexpected tensor {name}")
-        if tensor.shape != expected[name]:
-            shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected[name])}"
-            raise ValueError(f"{path}: {name} has shape {shapes}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity")
-        state[name] = tensor.float()
-    return state
+    names = {prefix + name: tensor for name, tensor in tensors.items()}
+    try:
+        return {n: check_tensor(n, tensor, expected.get(n)) for n, tensor in names.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_tensor(name: str, tensor: Tensor, expected: Tensor | None) -> Tensor:
+    """A copy of what a file holds, in the dtype of the tensor (on the meta device) whose place it
+    takes. Raises ValueError if there is none, the shape differs, or a number is not finite."""
+    if expected is None:
+        raise ValueError(f"unexpected tensor {name}")
+    if tensor.shape != expected.shape:
+        shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected.shape)}"
+        raise ValueError(f"{name} has shape {shapes}")
+    copied = tensor.to(expected.dtype, copy=True)
+    if not torch.stack(copied.aminmax()).isfinite().all():  # NaN is the extreme of both
+        raise ValueError(f"{name} holds NaN or infinity")
+    return copied
 
 
 def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:

@@ -37,11 +37,12 @@ OUR_NAMES = {theirs: ours for ours, theirs in OFFICIAL_NAMES.items()}
 OUR_PHI_NAMES = {theirs: ours for ours, theirs in PHI_NAMES.items()}
 
 # In the official files but without a use: why each is left out.
+COMPUTED = "computed, not learned"
 TEXT_HALF = "of the text half of the Q-Former, which no picture passes"
 IGNORED = {
     r"Qformer\.bert\.embeddings\.position_ids": TEXT_HALF,
     r"t5_proj\.": "BLIP-2's projection to its own language model",
-    r".*\.rotary_emb\.inv_freq": "computed, not learned",
+    r".*\.inv_freq": COMPUTED,
     r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.": TEXT_HALF,
     r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.": TEXT_HALF,
     r"Qformer\.cls\.|vision_proj\.|text_proj\.|itm_head\.|temp$": TEXT_HALF,
@@ -93,23 +94,46 @@ def join_qkv(tensors: dict[str, Tensor], joined: str) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not re.search(r"\.[qkv]_proj\.", name)}
 
 
-def phi_from_official(tensors: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Phi-2 in any of its three layouts -> tensors by our names, below `phi`.
+def phi_from_official(
+    tensors: dict[str, Tensor], num_heads: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Phi-2 in any of its three layouts -> (tensors by our names, below `phi`; ignored names with
+    the reason).
 
     Microsoft's first release (transformer.h.N.mixer.Wqkv), today's (q_proj, k_proj, v_proj) and the
     one that the official code reads (query_key_value, rows by head). Raises ValueError for a name
     of none.
     """
-    by_head = any(".query_key_value." in name for name in tensors)
-    is_microsoft = any(name.startswith("transformer.") for name in tensors)
-    table = MICROSOFT_NAMES if is_microsoft else OUR_PHI_NAMES
-    state = {}
-    for name, tensor in join_qkv(tensors, "query_key_value").items():
-        ours = rename(name, table)
+    state, ignored = {}, {}
+    for name, tensor in join_qkv(tensors, "qkv").items():
+        if name.endswith(".inv_freq"):
+            ignored[name] = COMPUTED
+            continue
+        is_microsoft = re.match(r"transformer\.|lm_head\.(ln|linear)\.", name)
+        table = MICROSOFT_NAMES if is_microsoft else OUR_PHI_NAMES
+        ours = rename(name.replace(".self_attn.qkv.", ".self_attn.query_key_value."), table)
         if ours is None:
             raise ValueError(f"{name} is no tensor of Phi-2 in a known layout")
-        state[ours] = by_blocks(tensor, num_heads) if by_head and is_interleaved(ours) else tensor
-    return state
+        by_head = ".query_key_value." in name
+        state[ours] = by_blocks(tensor, num_heads) if by_head else tensor
+    return state, ignored
+
+
+def eva_from_official(
+    tensors: dict[str, Tensor], num_layers: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """EVA's ViT, whose names are ours -> (tensors, below `visual_encoder`; ignored names with the
+    reason)."""
+    state, ignored = {}, {}
+    for name, tensor in tensors.items():
+        layer = re.match(r"blocks\.(\d+)\.", name)
+        if layer and int(layer[1]) >= num_layers:
+            ignored[name] = "of a block after the last that BLIP-2 uses"
+        elif re.match(r"(norm|fc_norm|head)\.", name):
+            ignored[name] = "of the norm and head after the last block"
+        else:
+            state[name] = tensor
+    return state, ignored
 
 
 def clip_from_official(

@@ -130,7 +130,7 @@ def only_phi(phi, lora=None):
 
 def phi_of(golden):
     config = phi_config(golden.meta["config"])
-    return loaded(Phi(config), phi_from_official(golden.below("w/"), config.num_heads))
+    return loaded(Phi(config), phi_from_official(golden.below("w/"), config.num_heads)[0])
 
 
 def lora_phi_of(golden):

@@ -29,9 +29,11 @@ from golden_case import (
     official_decode, official_greedy, official_names, only_phi, phi_config, phi_of, prompt_embeds,
     qformer_config, recorded, rows_of, schedule_of, trainable, turns_of, vision_config,
 )  # fmt: skip
-from lora import merge_lora
-from model import Phi
-from official.weights import clip_from_official, from_official, phi_from_official, to_official
+from lora import LORA_PRESETS, merge_lora
+from model import ModelConfig, Phi, TinyGPTV, is_trainable
+from official.weights import (
+    clip_from_official, eva_from_official, from_official, phi_from_official, to_official,
+)  # fmt: skip
 from vision import EvaViT, VisionConfig, interpolate_pos_embed
 
 LEFT_OUT = r".*(beam\d|minlen\d).*"  # beam search and a minimum length are not part of this project
@@ -216,7 +218,7 @@ def test_phi_greedy_generation(case):
 def test_phi_2_file_layouts(case, layout):
     golden = case("phi_layouts")
     config = phi_config(golden.meta["config"], extra_norms=False)
-    weights = phi_from_official(golden.below(f"w_{layout}/"), config.num_heads)
+    weights, _ = phi_from_official(golden.below(f"w_{layout}/"), config.num_heads)
     phi = loaded(Phi(config), weights)
     golden.check(logits_of(phi, golden["in/input_ids"]), f"logits_{layout}")
 
@@ -226,7 +228,7 @@ def test_phi_2_with_untrained_norms(case):
     """Phi-2's file has no weights for TinyGPT-V's norms: weights start at one, biases at zero."""
     golden = case("phi_layouts")
     phi = Phi(phi_config(golden.meta["config"])).eval()
-    weights = phi_from_official(golden.below("w_fused/"), phi.config.num_heads)
+    weights, _ = phi_from_official(golden.below("w_fused/"), phi.config.num_heads)
     missing = phi.load_state_dict(weights, strict=False).missing_keys
     names = official_names(dict.fromkeys(missing), only_phi(phi.config))
     assert set(names) == set(golden.meta["missing_in_root"])
@@ -577,6 +579,119 @@ def test_tokenizer_files(case, tokenizer):
     assert ids == {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
+# ---- the real files: names and shapes ----
+
+
+def manifest(case, name):
+    """The tensors of a real file, on the meta device, and all else that is said of it."""
+    meta = case(f"manifests/{name}" if "/" not in name else name).meta
+    keys = manifest(case, meta["keys_same_as"].removesuffix(".json"))[1]["keys"] \
+        if "keys_same_as" in meta else meta["keys"]
+    tensors = {n: torch.empty(shape, device="meta") for n, (shape, _) in keys.items()}
+    assert len(tensors) == meta["n_tensors"]
+    return tensors, meta | {"keys": keys}
+
+
+def full_size(stage, lora, vision=""):
+    config = ModelConfig.preset("full", stage, vision)
+    config.lora = LORA_PRESETS["full"] if lora else None
+    with torch.device("meta"):
+        return TinyGPTV(config)
+
+
+def shapes_below(module, prefix=""):
+    return {n: t.shape for n, t in module.state_dict().items() if n.startswith(prefix)}
+
+
+@pytest.fixture(autouse=True)
+def manifests_are_there(request, golden):
+    if "real" in request.node.name and not (golden / "manifests").exists():
+        pytest.skip("this directory has no manifests of the real files")
+
+
+def test_real_eva_vit(case):
+    model = full_size(1, lora=False)
+    tensors, meta = manifest(case, "eva_vit_g.pth")
+    state, ignored = eva_from_official(tensors, model.config.vision.num_layers)
+    assert shapes(state) == shapes(model.visual_encoder.state_dict())
+    assert sorted(ignored) == sorted(meta["unused_keys"])
+    used, meta = manifest(case, "visual_encoder_loaded_39_blocks")
+    assert shapes(state) == shapes(used)
+    assert sum(p.numel() for p in model.visual_encoder.parameters()) == meta["total_elements"]
+
+
+def test_real_qformers(case):
+    for name, vision, used in (("blip2_pretrained_flant5xxl.pth", "", "used_by_tinygptv"),
+                               ("clip/manifests/blip2_pretrained_vitL.pth", "clip", "used_keys"),
+                               ("clip/manifests/blip2_pretrained_flant5xl_vitL.pth", "clip",
+                                "used_keys")):  # fmt: skip
+        model = full_size(1, False, vision)
+        tensors, meta = manifest(case, name)
+        state, ignored = from_official(tensors, model.config)
+        assert {n: t.shape for n, t in state.items()} == shapes_below(model, "qformer.")
+        assert set(ignored) == set(tensors) - set(meta[used])
+
+
+@pytest.mark.parametrize("name", ["clip_vit_L.pth", "clip_vit_L_loaded_fp16",
+                                  "hf_clip-vit-large-patch14.vision"])  # fmt: skip
+def test_real_clip_vits(case, name):
+    model = full_size(1, False, "clip")
+    tensors, meta = manifest(case, f"clip/manifests/{name}")
+    extra = meta.get("optional_extra_keys", {})
+    tensors |= {n: torch.empty(0, device="meta") for n in extra if "*" not in n}
+    state, ignored = clip_from_official(tensors, model.config.vision.num_layers)
+    assert shapes(state) == shapes(model.visual_encoder.state_dict())
+    counts = case("clip/manifests/summary").meta["image_path"]
+    counted = [sum(p.numel() for p in part.parameters())
+               for part in (model.visual_encoder, model.qformer)]  # fmt: skip
+    assert [*counted, sum(counted)] == list(counts.values())
+
+
+@pytest.mark.parametrize("name", ["phi2_microsoft", "phi2_split_qkv", "phi2_fused_qkv",
+                                  "phi2_tinygptv"])  # fmt: skip
+def test_real_phi_2(case, name):
+    phi = full_size(1, lora=False).phi
+    tensors, meta = manifest(case, name)
+    state, ignored = phi_from_official(tensors, phi.config.num_heads)
+    new = {n for n in shapes(phi.state_dict()) if re.search("[qk]_layernorm|post_layernorm", n)}
+    brought = set(new) if meta.get("keys_not_in_phi2") else set()
+    assert {n: list(t.shape) for n, t in phi.state_dict().items() if n not in new - brought} \
+        == shapes(state) and not ignored  # fmt: skip
+    assert len(new) == len(case("manifests/phi2_tinygptv").meta["keys_not_in_phi2"])
+    real = case("manifests/summary").meta["real_config"]
+    assert {name: getattr(phi.config, name.replace("_hidden_l", "_l").replace("_attention_h", "_h"))
+            for name in real} == real  # fmt: skip
+
+
+@pytest.mark.parametrize("name, lora", [
+    ("TinyGPT-V_for_Stage1.pth.no_lora", False), ("TinyGPT-V_for_Stage1.pth.lora64", True),
+    ("TinyGPT-V_for_Stage2.pth", True), ("TinyGPT-V_for_Stage3.pth", True),
+    ("TinyGPT-V_for_Stage4.pth", True), ("TinyGPT-V_for_Stage4.pth.older_code", True),
+])  # fmt: skip
+def test_real_checkpoints(case, name, lora):
+    """They hold exactly what training changes here, and the counts of parameters are right."""
+    stage = int(name.split("Stage")[1][0])
+    model = full_size(stage, lora)
+    tensors, meta = manifest(case, name)
+    state, ignored = from_official(tensors, model.config)
+    own_qformer = {n for n in state if n.startswith("qformer.")}
+    trained = {n for n in model.state_dict() if is_trainable(n)}
+    lacking = {"phi.final_layernorm.weight"} if own_qformer else set()
+    assert set(state) - own_qformer == trained - lacking
+    assert all(state[n].shape == t.shape for n, t in model.state_dict().items() if n in state)
+    assert list(ignored) == ["Qformer.bert.embeddings.position_ids"]
+    assert sum(t.numel() for t in state.values()) == meta["trainable_parameters"]
+    exported = to_official({n: t for n, t in state.items() if n in trained}, model.config)
+    listed = case("manifests/trainable_real").meta["lora_r64" if lora else "no_lora"]
+    assert lacking or shapes(exported) == listed
+    if "total_parameters" in meta:  # the official model stores stage 4's positions as stretched
+        stretched = (2 * 16) ** 2 - 16**2 if stage == 4 else 0
+        total = sum(p.numel() for p in model.parameters())
+        assert total + stretched * model.config.vision.hidden_size == meta["total_parameters"]
+        summary = case("manifests/summary").meta["stages"][f"stage{stage}"]
+        assert not lora or summary["total"] == meta["total_parameters"]
+
+
 # ---- nothing forgotten ----
 
 
@@ -585,7 +700,7 @@ def test_nothing_in_the_directory_is_left_unused(golden, request):
     running = {item.name.split("[")[0] for item in request.session.items}
     if not {name for name in globals() if name.startswith("test_")} <= running:
         pytest.skip("says something only when all golden tests are running")
-    elsewhere = ("manifests", "data")  # fixtures of other parts of the project
+    elsewhere = ("data",)  # fixtures of another part of the project
     files = [path.relative_to(golden).with_suffix("") for path in golden.rglob("*.*")
              if path.suffix in (".json", ".safetensors", ".pth")]  # fmt: skip
     unused = {str(file) for file in files if not {*file.parts} & {*elsewhere}} - set(CASES)

@@ -1,6 +1,7 @@
 """model.py: Phi and its cache, the whole model, loading. The official numbers: test_golden.py."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from data import END_OF_TEXT, IGNORE, IMAGE_TOKEN_ID
 from generate import generate_ids
 from lora import LoRAConfig
 from model import (
-    PHI_PRESETS,
     ModelConfig,
     Phi,
     PhiConfig,
     RMSNorm,
     TinyGPTV,
     apply_rotary,
+    is_trainable,
     rotary_cos_sin,
     save_checkpoint,
 )
@@ -173,10 +174,25 @@ def test_pictures_must_fill_their_places_exactly(phi, pictures):
         phi.embed(ids, pictures)
 
 
-def test_official_size():
+def test_official_numbers_of_parameters():
+    """The counts that the official code gives at its real size."""
     with torch.device("meta"):
-        phi = Phi(PHI_PRESETS["full"])
-    assert sum(p.numel() for p in phi.parameters()) == 2_779_776_000
+        model = TinyGPTV(ModelConfig.preset("full", stage=2))
+
+    def count(part):
+        return sum(p.numel() for n, p in model.named_parameters() if re.search(part, n))
+
+    counts = {
+        "visual_encoder": 985_894_528, "ln_vision": 2_816, "qformer.(layers|norm)": 105_137_664,
+        "query_tokens": 24_576, "projector.fc1": 3_149_824, "projector.fc2": 10_488_320,
+        "phi.(?!.*lora)": 2_779_776_000, "lora": 31_457_280, "phi.*layernorm.weight": 171_520,
+        "": 3_915_931_008,
+    }  # fmt: skip
+    assert {part: count(part) for part in counts} == counts
+    trained = {n: p.numel() for n, p in model.named_parameters() if is_trainable(n)}
+    assert (len(trained), sum(trained.values())) == (261, 45_266_944)
+    in_stage_1 = [number for name, number in trained.items() if "lora" not in name]
+    assert (len(in_stage_1), sum(in_stage_1)) == (133, 13_809_664)
 
 
 # ---- saving and loading ----

@@ -1,0 +1,50 @@
+"""Writes what was trained here as a checkpoint that the official code loads:
+
+    python official/export.py --weights runs/stage2 --out TinyGPT-V_for_Stage2.pth
+
+Names, layout and container are the official ones; the optimizer's state is not exported.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import TinyGPTV, is_trainable
+from official.weights import to_official
+
+BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Former's unused half
+
+
+def export_checkpoint(model: TinyGPTV, path: Path) -> int:
+    """Writes all that the stages train; returns how many tensors that were."""
+    state = {name: p.detach() for name, p in model.named_parameters() if is_trainable(name)}
+    tensors = {n: t.cpu().contiguous() for n, t in to_official(state, model.config).items()}
+    tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(BERT_POSITIONS)[None]
+    part = path.with_name(path.name + ".part")
+    torch.save({"model": tensors}, part)
+    os.replace(part, path)
+    return len(state)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Export a checkpoint in the official format.")
+    parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    given = parser.parse_args(arguments)
+    try:
+        model = TinyGPTV.from_pretrained(given.weights)
+        count = export_checkpoint(model, given.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.out}: {count} tensors of stage {model.stage}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

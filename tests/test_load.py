@@ -1,0 +1,467 @@
+"""The official files, in every form in which they are found, and in every damaged one.
+
+A folder is written here from the golden weights: small numbers, but exactly the official names,
+layouts and containers. test_golden.py holds the names and shapes of the official size.
+"""
+
+import argparse
+import functools
+import json
+import re
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from golden_case import Case, full_config, full_weights
+from model import ModelConfig, TinyGPTV, is_trainable
+from official import load
+from official.export import export_checkpoint
+from official.load import load_official, open_weights
+from official.weights import by_blocks, from_official, to_official
+
+EVA, QFORMER, PHI, STAGE = (
+    "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "phi-2", "TinyGPT-V_for_Stage4.pth",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    return functools.cache(lambda name: Case(golden, name))
+
+
+# ---- writing official files ----
+
+
+def below(weights, prefix):
+    return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+
+
+def eva_file(case):
+    """All of the ViT, a block too many, and a head."""
+    vit = below(full_weights(case), "visual_encoder.")
+    last = max(int(found[1]) for n in vit if (found := re.match(r"blocks\.(\d+)", n)))
+    extra = {n.replace(f"blocks.{last}.", f"blocks.{last + 1}."): t for n, t in vit.items()}
+    return vit | extra | {"norm.weight": torch.ones(3), "head.bias": torch.ones(3)}
+
+
+def qformer_file(case):
+    weights = full_weights(case)
+    names = [n for n in weights if re.match("Qformer|query_tokens|ln_vision", n)]
+    return {n: weights[n] for n in names} | {"t5_proj.weight": torch.ones(2, 2)}
+
+
+def phi_file(case, layout):
+    """Phi-2 without TinyGPT-V's norms: as the official code reads it ("fused"), as it is today
+    ("split"), or as Microsoft released it ("microsoft")."""
+    fused = below(full_weights(case, lora=False), "llama_model.")
+    fused = {n: t for n, t in fused.items() if not re.search("[qk]_layernorm|post_layernorm", n)}
+    if layout == "fused":
+        return fused
+    num_heads = full_config(case, 1).phi.num_heads
+    tensors = {}
+    for name, tensor in fused.items():
+        if ".query_key_value." not in name:
+            tensors[name] = tensor
+        elif layout == "microsoft":
+            tensors[name] = by_blocks(tensor, num_heads)
+        else:
+            for x, part in zip("qkv", by_blocks(tensor, num_heads).chunk(3)):
+                tensors[name.replace("query_key_value", f"{x}_proj")] = part
+    if layout == "split":
+        return tensors
+    microsoft = (
+        ("model.layers.", "transformer.h."), ("self_attn.query_key_value", "mixer.Wqkv"),
+        ("self_attn.dense", "mixer.out_proj"), ("input_layernorm", "ln"),
+        ("model.embed_tokens", "transformer.embd.wte"), ("lm_head.", "lm_head.linear."),
+        ("model.final_layernorm", "lm_head.ln"),
+    )  # fmt: skip
+    for old, new in microsoft:
+        tensors = {n.replace(old, new): t for n, t in tensors.items()}
+    return tensors | {"transformer.h.0.mixer.rotary_emb.inv_freq": torch.ones(2)}
+
+
+def checkpoint_file(case, lora=True):
+    """What the stages train, with the buffer that the official checkpoints have as well."""
+    weights, config = full_weights(case, lora), full_config(case, 4 if lora else 1, lora)
+    ours, _ = from_official(weights, config)
+    trained = to_official({n: t for n, t in ours.items() if is_trainable(n)}, config)
+    return trained | {"Qformer.bert.embeddings.position_ids": torch.arange(16)[None]}
+
+
+def runner_file(tensors):
+    """The container of the official runner."""
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(5), "step": 3}}, "param_groups": []}
+    config = {"run": {"task": "image_text_pretrain", "init_lr": 1e-4}}
+    return {"model": tensors, "optimizer": optimizer, "config": config, "scaler": None, "epoch": 3}
+
+
+def save_phi(tensors, folder, container):
+    """In one file or two, as safetensors or pickles, with the index that two files have."""
+    kind, count = container
+    names = sorted(tensors, reverse=True)  # k, q and v of a layer come to lie in two files
+    shards = [names[n::count] for n in range(count)]
+    stem, ending = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+    files = {f"{stem}-{n + 1:05}-of-{count:05}.{ending}": shard for n, shard in enumerate(shards)}
+    if count == 1:
+        files = {f"{stem}.{ending}": names}
+    for file, shard in files.items():
+        held = {name: tensors[name].contiguous() for name in shard}
+        save = save_file if ending == "safetensors" else torch.save
+        save(held, folder / file)
+    if count > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture
+def folder(case, golden, tmp_path):
+    """A folder as official/fetch.py fills it, and one checkpoint."""
+    torch.save({n: t.half() for n, t in eva_file(case).items()}, tmp_path / EVA)
+    torch.save({"model": qformer_file(case)}, tmp_path / QFORMER)
+    shutil.copytree(golden / "tokenizer_files", tmp_path / PHI)
+    (tmp_path / PHI / "config.json").write_text(json.dumps({"partial_rotary_factor": 0.5}))
+    save_phi(phi_file(case, "split"), tmp_path / PHI, ("safetensors", 2))
+    torch.save(runner_file(checkpoint_file(case)), tmp_path / STAGE)
+    return tmp_path
+
+
+def load_small(case, folder, stage=None, dtype=torch.float32, lora=True):
+    config = full_config(case, stage or 4, lora)
+    return load_official(folder, stage, dtype=dtype, config=config)
+
+
+def expected_state(case, lora=True):
+    state, _ = from_official(full_weights(case, lora), full_config(case, 4, lora))
+    return {n: t.half().float() if n.startswith("visual") else t for n, t in state.items()}
+
+
+def begun(state):
+    """`state` with the biases of TinyGPT-V's norms as training begins: no file holds them."""
+    return {n: torch.zeros_like(t) if re.search(r"[qk]_layernorm\.bias", n) else t
+            for n, t in state.items()}  # fmt: skip
+
+
+def assert_same(state, expected):
+    assert set(state) == set(expected)
+    different = [name for name in state if not torch.equal(state[name], expected[name])]
+    assert not different
+
+
+# ---- what loads ----
+
+
+@pytest.mark.parametrize("layout", ["fused", "split", "microsoft"])
+@pytest.mark.parametrize("container", [("safetensors", 2), ("safetensors", 1), ("bin", 2),
+                                       ("bin", 1)])  # fmt: skip
+def test_every_layout_and_container_of_phi_2(case, folder, layout, container):
+    for path in (folder / PHI).glob("model*"):
+        path.unlink()
+    save_phi(phi_file(case, layout), folder / PHI, container)
+    assert_same(load_small(case, folder).state_dict(), begun(expected_state(case)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_in_half_precision(case, folder, dtype):
+    file = torch.load(folder / STAGE, weights_only=True)
+    torch.save({"model": {n: t.to(dtype) for n, t in file["model"].items()}}, folder / STAGE)
+    state = load_small(case, folder).state_dict()
+    expected = begun(expected_state(case))
+    assert_same(state, {n: t.to(dtype).float() if is_trainable(n) else t
+                        for n, t in expected.items()})  # fmt: skip
+
+
+def test_frozen_matrices_alone_become_half_precision(case, folder):
+    """What is trained, the norms, and the positions of the ViT stay as exact as they were."""
+    state = load_small(case, folder, dtype=torch.bfloat16).state_dict()
+    whole = [n for n, t in state.items() if t.dtype == torch.float32]
+    assert {n for n in state if is_trainable(n)} <= set(whole)
+    assert {n for n in state if "norm" in n} <= set(whole)
+    assert {"visual_encoder.pos_embed", "qformer.query_tokens"} <= set(whole)
+    halves = {t.dtype for n, t in state.items() if n not in whole}
+    assert halves == {torch.bfloat16} and "phi.lm_head.weight" not in whole
+    assert "visual_encoder.blocks.0.attn.qkv.weight" not in whole
+
+
+@pytest.mark.parametrize("old, new", [
+    ("llama_model.", "module.llama_model."),  # DistributedDataParallel
+    ("lora_A.", "lora_A.default."),  # newer versions of PEFT
+])  # fmt: skip
+def test_checkpoints_with_other_names(case, folder, old, new):
+    tensors = {n.replace(old, new, 1): t for n, t in checkpoint_file(case).items()}
+    torch.save({"model": tensors}, folder / STAGE)
+    assert_same(load_small(case, folder).state_dict(), begun(expected_state(case)))
+
+
+def test_stage_1_has_another_prefix_and_no_lora(case, folder):
+    torch.save(runner_file(checkpoint_file(case, lora=False)), folder / "TinyGPT-V_for_Stage1.pth")
+    model = load_small(case, folder, stage=1, lora=False)
+    assert_same(model.state_dict(), begun(expected_state(case, lora=False)))
+
+
+def test_the_first_release_of_stage_4_brings_its_own_qformer(case, folder):
+    weights, config = full_weights(case), full_config(case, 4)
+    own = {n: t + 1 for n, t in weights.items() if re.match("Qformer|query_tokens", n)}
+    tensors = checkpoint_file(case) | own
+    del tensors["llama_model.base_model.model.model.final_layernorm.weight"]
+    torch.save(runner_file(tensors), folder / STAGE)
+    expected = expected_state(case) | from_official(own, config)[0]
+    assert_same(load_small(case, folder).state_dict(), begun(expected))
+
+
+def test_without_a_checkpoint_the_new_parts_are_as_training_begins(case, folder):
+    linear = {n: t for n, t in checkpoint_file(case).items() if n.startswith("llama_proj.")}
+    torch.save(runner_file(linear), folder / "prerained_minigpt4_7b.pth")
+    model = load_small(case, folder, stage=0, lora=False)
+    assert torch.equal(model.projector.fc1.weight, linear["llama_proj.weight"])
+    for block in model.phi.layers:
+        for norm in (block.self_attn.q_layernorm, block.self_attn.k_layernorm):
+            assert (norm.weight == 1).all() and (norm.bias == 0).all()
+        assert (block.post_layernorm.weight == 1).all()
+    assert "nonsense" in model.load_report
+
+
+def test_the_last_stage_is_the_default(case, folder):
+    torch.save(runner_file(checkpoint_file(case)), folder / "TinyGPT-V_for_Stage2.pth")
+    assert "Stage4" in load_small(case, folder).load_report
+    assert "Stage4" not in load_small(case, folder, stage=2).load_report
+    with pytest.raises(FileNotFoundError, match="no checkpoint of stage 3; stages found: 2, 4"):
+        load_small(case, folder, stage=3)
+
+
+def test_clip_instead_of_eva(case, folder):
+    """The folder's ViT decides; its Q-Former's file is of BLIP-2's first stage."""
+    vit, qformer = case("clip/clip_vit"), case("clip/clip_qformer")
+    (folder / EVA).unlink()
+    torch.save(vit.below("w/"), folder / "clip_vit_L.pth")
+    torch.save({"model": qformer.below("w/")}, folder / QFORMER)
+    parts = load.find_parts(folder)
+    assert set(parts) == {load.CLIP, load.QFORMER, load.PHI, load.CHECKPOINT}
+    config = load.full_config(parts, parts[load.CHECKPOINT][0])
+    assert config.vision.clip and config.qformer.vision_hidden_size == 1024
+
+
+def test_how_much_rotates_is_what_phi_2_says(case, folder):
+    parts = load.find_parts(folder)
+    config = load.full_config(parts, parts[load.CHECKPOINT][0])
+    assert config.phi.partial_rotary_factor == 0.5 and config.stage == 4
+    (folder / PHI / "config.json").unlink()
+    assert load.full_config(parts, None).phi.partial_rotary_factor == 0.4
+
+
+def test_the_report_accounts_for_every_tensor(case, folder):
+    model = load_small(case, folder)
+    lines = model.load_report.splitlines()
+    held = {EVA: eva_file(case), QFORMER: qformer_file(case), STAGE: checkpoint_file(case)}
+    for name, tensors in held.items():
+        (line,) = [line for line in lines if name in line]
+        assert sum(map(int, re.findall(r"(\d+) (?:tensors|ignored)", line))) == len(tensors)
+        assert "ignored (" in line
+    biases = [n for n in model.state_dict() if re.search(r"[qk]_layernorm\.bias", n)]
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in lines[-1]
+    assert f"{len(biases)} tensors that no file has" in lines[-1]
+
+
+# ---- and back ----
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_export_gives_back_the_official_checkpoint(case, folder, lora):
+    stage = 4 if lora else 1
+    original = checkpoint_file(case, lora)
+    torch.save(runner_file(original), folder / f"TinyGPT-V_for_Stage{stage}.pth")
+    export_checkpoint(load_small(case, folder, stage, lora=lora), folder / "out.pth")
+    exported = torch.load(folder / "out.pth", weights_only=True)["model"]
+    buffer = "Qformer.bert.embeddings.position_ids"
+    assert torch.equal(exported.pop(buffer), torch.arange(512)[None])
+    assert_same(exported, {n: t for n, t in original.items() if n != buffer})
+
+
+# ---- what does not load ----
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("this must not be printed",)
+
+
+def write_malicious(path):
+    torch.save({"model": Malicious()}, path)
+
+
+def write_objects(path):
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, path)
+
+
+def write_safetensors(header, data):
+    """A safetensors file by hand: length of the header, header, data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ONE = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+TWO = ONE | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}
+FAR = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**62]}}
+
+
+@pytest.mark.parametrize("write", [write_malicious, write_objects])
+def test_pickles_of_more_than_tensors_are_not_opened(tmp_path, capsys, write):
+    write(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth .* holds something else than tensors.*not opened"):
+        open_weights(tmp_path / "a.pth")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", r"\(0 bytes\) is damaged or cut off"),
+    (b"<!DOCTYPE html><html>404", r"\(24 bytes\) is a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a git-lfs pointer"),
+    (b"PK\x03\x04 not much of an archive", "is damaged or cut off"),
+    (b"\x80\x02 not much of a pickle", "holds something else|is damaged or cut off"),
+    (write_safetensors(ONE, b"1234")[:5], "is damaged or cut off"),  # in the length
+    (write_safetensors(ONE, b"1234")[:30], "is damaged or cut off"),  # in the header
+    (write_safetensors(ONE, b"12"), "is damaged or cut off"),  # in the data
+    (write_safetensors(ONE, b"123456"), "is damaged or cut off"),  # data to spare
+    (write_safetensors(b"{not json", b"1234"), "is damaged or cut off"),
+    (write_safetensors(TWO, b"123456"), "is damaged or cut off"),  # overlapping
+    (write_safetensors(FAR, b"1234"), "is damaged or cut off"),  # far beyond the end
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_damaged_files_are_named_with_their_size_and_what_to_do(tmp_path, content, reason, name):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} .*{reason}.*fetch it again") as error:
+        open_weights(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_was_cut_off(folder):
+    whole = (folder / STAGE).read_bytes()
+    (folder / STAGE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{STAGE} \({len(whole) // 2:,} bytes\) is damaged"):
+        open_weights(folder / STAGE)
+
+
+def test_files_that_are_no_part_of_the_model(tmp_path):
+    save_file({"conv.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="no part of TinyGPT-V .it begins with conv.weight"):
+        open_weights(tmp_path / "a.safetensors")
+    torch.save([torch.ones(1)], tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth is not a table of tensors"):
+        open_weights(tmp_path / "a.pth")
+
+
+def change(path, edit):
+    """Rewrites a file with its tensors edited in place."""
+    content = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+    tensors = content.get("model", content)
+    edit(tensors)
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(content, path)
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def spoil(name, value):
+    return lambda tensors: tensors[name].view(-1)[-1:].fill_(value)
+
+
+SHARD = "model-00001-of-00002.safetensors"
+LORA = "llama_model.base_model.model.model.layers.0.self_attn.query_key_value.lora_B.weight"
+
+
+@pytest.mark.parametrize("file, edit, reason", [
+    (EVA, drop("blocks.0.norm1.weight"), "no file holds visual_encoder.blocks.0.norm1.weight"),
+    (QFORMER, drop("query_tokens"), "no file holds qformer.query_tokens"),
+    (STAGE, drop(LORA), "Stage4.pth lacks phi.layers.0.self_attn.qkv.lora_B.weight"),
+    (STAGE, drop("llama_proj2.bias"), "Stage4.pth lacks projector.fc2.bias"),
+    (STAGE, drop("llama_model.base_model.model.model.layers.0.input_layernorm.weight"),
+     "Stage4.pth lacks phi.layers.0.input_layernorm.weight"),
+    (EVA, put("blocks.0.attn.extra", torch.ones(1)), "g.pth: unexpected tensor .*attn.extra"),
+    (QFORMER, put("Qformer.extra", torch.ones(1)), "xxl.pth: Qformer.extra is no tensor of"),
+    (STAGE, put("llama_proj3.bias", torch.ones(1)), "Stage4.pth: llama_proj3.bias is no tensor"),
+    (EVA, put("blocks.0.norm1.weight", torch.ones(3)),
+     r"g.pth: blocks.0.norm1.weight has shape \(3,\), the model needs \(24,\)"),
+    (STAGE, put("llama_proj.bias", torch.ones(1, 28)),
+     r"Stage4.pth: llama_proj.bias has shape \(1, 28\), the model needs \(28,\)"),
+    (EVA, spoil("pos_embed", float("nan")), "g.pth: pos_embed holds NaN or infinity"),
+    (QFORMER, spoil("query_tokens", float("inf")), "xxl.pth: query_tokens holds NaN or inf"),
+    (STAGE, spoil("llama_proj.weight", -float("inf")), "Stage4.pth: llama_proj.weight holds NaN"),
+    (f"{PHI}/{SHARD}", put("model.layers.0.mlp.extra", torch.ones(1)),
+     f"{SHARD}: model.layers.0.mlp.extra is no tensor of Phi-2"),
+])  # fmt: skip
+def test_tensors_that_are_not_as_they_must_be(case, folder, file, edit, reason):
+    change(folder / file, edit)
+    with pytest.raises(ValueError, match=reason):
+        load_small(case, folder)
+
+
+def test_both_parts_of_phi_2_have_to_be_there(case, folder):
+    (folder / PHI / SHARD).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{SHARD} is missing; fetch it again"):
+        load_small(case, folder)
+    (folder / PHI / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"is there, but .* is not|no file holds phi"):
+        load_small(case, folder)
+
+
+@pytest.mark.parametrize("file, part", [(EVA, "EVA's ViT"), (QFORMER, "the Q-Former")])
+def test_missing_files_are_named(case, folder, file, part):
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no file of {part}; fetch it again"):
+        load_small(case, folder)
+
+
+def test_the_same_tensor_twice_is_not_a_choice(case, folder):
+    save_phi(phi_file(case, "split"), folder / PHI, ("bin", 1))
+    with pytest.raises(ValueError, match="model.bin both hold .*; move one of them elsewhere"):
+        load_small(case, folder)
+    (folder / PHI / "pytorch_model.bin").unlink()
+    shutil.copy(folder / STAGE, folder / "copy_of_stage4.pth")
+    with pytest.raises(ValueError, match="both of stage 4; move one elsewhere"):
+        load_small(case, folder)
+
+
+def test_another_layout_of_phi_2_mixed_in_is_refused(case, folder):
+    save_phi(phi_file(case, "fused"), folder / PHI, ("bin", 1))
+    with pytest.raises(ValueError, match="both hold"):
+        load_small(case, folder)
+
+
+# ---- from the command line ----
+
+
+def test_the_command_line_reports_once_and_answers(case, folder, golden, monkeypatch, capsys):
+    config = full_config(case, 4)
+    monkeypatch.setattr(load, "full_config", lambda parts, checkpoint: config)
+    image = next((golden / "images").glob("*.png"))
+    arguments = ["--weights", str(folder), "--img", str(image), "--max-new-tokens", "3"]
+    assert generate.main(arguments) == 0
+    output = capsys.readouterr()
+    assert output.err.count(EVA) == 1 and "every one accounted for" in output.err
+    assert EVA not in output.out
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(folder, golden, capsys):
+    (folder / EVA).write_text("<html>not found</html>")
+    image = next((golden / "images").glob("*.png"))
+    assert generate.main(["--weights", str(folder), "--img", str(image)]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
+    assert "eva_vit_g.pth (22 bytes) is a web page" in output.err
+
+
+def test_from_pretrained_knows_a_folder_of_official_files(case, folder, monkeypatch):
+    config = full_config(case, 4)
+    monkeypatch.setattr(load, "full_config", lambda parts, checkpoint: config)
+    model = TinyGPTV.from_pretrained(folder)
+    assert model.phi.lm_head.weight.dtype == torch.bfloat16
+    assert len(model.tokenizer) == 50295 and isinstance(model.config, ModelConfig)
