@@ -51,6 +51,7 @@ NAMED = {value: (name, value) for name, values in world.ATTRIBUTES.items() for v
 NAMED |= {world.noun({"shape": shape}, plural=True): ("shape", shape) for shape in world.SHAPES}
 NAMED |= {"object": ("", ""), "objects": ("", "")}
 LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8
+PAIRS = len(world.ATTRIBUTES) + 2
 ROW_TOKENS = 210  # rows of similar length waste little on padding
 
 
@@ -86,8 +87,10 @@ def language_row(scene: world.Scene, turns: list, stage: int, tokenizer: Tokeniz
     row = encode_sample(turns, tokenizer, 1, len(words), 10**6, STAGES[stage].end_sym)
     texts = ["" if i < 0 else tokenizer.token_bytes(i).decode() for i in row["input_ids"].tolist()]
     referred = referred_objects(texts, scene)
-    words = torch.tensor(ids).flatten()
-    return row | {"words": words, "referred": referred, "looks": looks(scene)}
+    return row | {
+        "words": torch.tensor(ids).flatten(), "referred": referred,
+        "compared": compared(texts, referred), "looks": looks(scene), "pairs": pairs(scene),
+    }  # fmt: skip
 
 
 def learn_all_text(row: dict) -> dict:
@@ -123,6 +126,25 @@ def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
     return torch.tensor(rows)
 
 
+def compared(texts: list[str], referred: Tensor) -> Tensor:
+    """(T, 2): which object is meant, and which one the phrase before meant: for each token of a
+    phrase that can mean but one object by now, and for the tokens after it up to the next phrase
+    or box or the end of the turn. IGNORE at all others, and where either is not one object."""
+    rows, now, last = [], IGNORE, IGNORE
+    in_phrase = ended = follows = False
+    for text, objects in zip(texts, referred.tolist()):
+        was_in_phrase, in_phrase = in_phrase, objects[0] != IGNORE and text.strip() in NAMED
+        if in_phrase:
+            if ended or not was_in_phrase:
+                last = now
+            ended, follows = NAMED[text.strip()][0] in ("shape", ""), True
+            now = objects.index(1) if sum(objects) == 1 else IGNORE
+        elif objects[0] != IGNORE or "#" in text:
+            follows = False
+        rows.append([now, last] if follows and IGNORE not in (now, last) else [IGNORE, IGNORE])
+    return torch.tensor(rows)
+
+
 def looks(scene: world.Scene) -> Tensor:
     """(4, LOOKS) of 0 and 1: of each object, which attributes it has, and which of the eight lines
     that cut the picture into ninths its centre has passed, from left to right and downwards."""
@@ -135,11 +157,23 @@ def looks(scene: world.Scene) -> Tensor:
     return rows
 
 
+def pairs(scene: world.Scene) -> Tensor:
+    """(4, 4, PAIRS) of 0 and 1: of object a and object b, which attributes they share, whether a
+    is further right, and whether it is further down."""
+    table = torch.zeros(world.MAX_OBJECTS, world.MAX_OBJECTS, PAIRS)
+    for (i, a), (j, b) in itertools.product(enumerate(scene.objects), repeat=2):
+        shared = [getattr(a, name) == getattr(b, name) for name in world.ATTRIBUTES]
+        beyond = [at > other for at, other in zip(a.center, b.center)]
+        table[i, j] = torch.tensor(shared + beyond)
+    return table
+
+
 def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
     batch = collate(rows, tokenizer.pad_token_id)
-    for key in ("words", "looks"):
+    for key in ("words", "looks", "pairs"):
         batch[key] = torch.stack([row[key] for row in rows])
-    batch["referred"] = pad_sequence([row["referred"] for row in rows], True, IGNORE)
+    for key in ("referred", "compared"):
+        batch[key] = pad_sequence([row[key] for row in rows], True, IGNORE)
     return batch
 
 
@@ -181,14 +215,17 @@ class LanguageScenes(IterableDataset):
 
 class Scaffold(nn.Module):
     """What only pre-training needs beside Phi, and is thrown away: a mark for each of the 32
-    places, and two linear heads that tell from a token which objects it may mean, and how the
-    object looks if it can be but one."""
+    places, and four linear heads, which ask what a token means: which objects may it be? if it can
+    be but one, how does that look? how did the object of the phrase before look? what do those two
+    have in common?"""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.places = nn.Embedding(32, hidden_size)
         self.object_head = nn.Linear(hidden_size, world.MAX_OBJECTS)
         self.look_head = nn.Linear(hidden_size, LOOKS)
+        self.before_head = nn.Linear(hidden_size, LOOKS)
+        self.pair_head = nn.Linear(hidden_size, PAIRS)
         nn.init.normal_(self.places.weight, std=0.3)
 
 
@@ -208,30 +245,49 @@ def scene_embeds(
     return phi.embed(batch["input_ids"], words + noise * torch.randn_like(words))
 
 
-def language_loss(phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Losses of the text, of which objects a phrase or box means, and of how such an object looks.
+def language_loss(
+    phi: Phi, scaffold: Scaffold, batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Losses of the text, and of what Scaffold's heads read between the layers.
 
     Answers alone teach to look an object up by its attributes so slowly that it was not learned
-    in an hour. The other two are its two steps, asked for in the middle of the layers, where later
-    ones can use them: which object (after the third of six), then what of it (after the fourth).
+    in an hour, and to compare two objects not at all. The heads ask for the steps on the way, each
+    so early that later layers can use it: the object after layer 2 of six, how it looks after 3,
+    the one before and what both share after 4, and after 5 the same wherever it may be asked for.
     """
     hidden: list[Tensor] = []
-    middle = phi.layers[len(phi.layers) // 2 - 1 :][:2]
-    hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[-1])) for layer in middle]
+    hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[-1]))
+             for layer in phi.layers[1:5]]  # fmt: skip
     inputs_embeds = scene_embeds(phi, scaffold, batch, noise=0.2)
     text_loss = phi.loss(inputs_embeds, batch["attention_mask"], batch["labels"])
     for hook in hooks:
         hook.remove()
+    loss_of = F.binary_cross_entropy_with_logits
 
-    rows, places = (batch["referred"][..., 0] != IGNORE).nonzero(as_tuple=True)
+    is_named = batch["referred"][..., 0] != IGNORE  # tokens of phrases and boxes, (B, T)
+    rows, places = is_named.nonzero(as_tuple=True)
     referred = batch["referred"][rows, places].float()  # (n, 4)
-    said = scaffold.object_head(hidden[0][rows, places].float())
-    object_loss = F.binary_cross_entropy_with_logits(said, referred)
+    object_loss = loss_of(scaffold.object_head(hidden[0][rows, places].float()), referred)
 
     one = referred.sum(-1) == 1
-    look = torch.einsum("no,nol->nl", referred[one], batch["looks"][rows[one]])
-    said = scaffold.look_head(hidden[1][rows[one], places[one]].float())
-    return text_loss, object_loss, F.binary_cross_entropy_with_logits(said, look)
+    rows, places, meant = rows[one], places[one], referred[one].argmax(-1)
+    said = scaffold.look_head(hidden[1][rows, places].float())
+    look_loss = loss_of(said, batch["looks"][rows, meant])
+
+    is_pair = batch["compared"][..., 0] != IGNORE
+    rows, places = (is_pair & is_named).nonzero(as_tuple=True)
+    meant, before = batch["compared"][rows, places].unbind(-1)
+    said = scaffold.before_head(hidden[2][rows, places].float())
+    before_loss = loss_of(said, batch["looks"][rows, before])
+    said = scaffold.pair_head(hidden[2][rows, places].float())
+    pair_loss = loss_of(said, batch["pairs"][rows, meant, before])
+
+    rows, places = (is_pair & ~is_named).nonzero(as_tuple=True)
+    meant, before = batch["compared"][rows, places].unbind(-1)
+    said = scaffold.pair_head(hidden[3][rows, places].float())
+    echo_loss = loss_of(said, batch["pairs"][rows, meant, before])
+    return {"text": text_loss, "objects": object_loss, "looks": look_loss,
+            "before": before_loss, "pairs": pair_loss, "echoes": echo_loss}  # fmt: skip
 
 
 @torch.no_grad()
@@ -290,7 +346,7 @@ def new_phi(tokenizer: Tokenizer) -> Phi:
 
 
 def pretrain_language(
-    out: Path, steps: int = 7000, batch_size: int = 8, peak_lr: float = 1.5e-3
+    out: Path, steps: int = 8000, batch_size: int = 8, peak_lr: float = 1.5e-3
 ) -> None:
     """Phi from scratch on text alone; writes phi.safetensors."""
     torch.manual_seed(0)
@@ -304,11 +360,11 @@ def pretrain_language(
     for step in bar:
         batch = next(loader)
         with torch.autocast("cpu", torch.bfloat16):
-            text, objects, look = language_loss(phi, scaffold, batch)
-        total = text + 2 * objects + 2 * look
+            losses = language_loss(phi, scaffold, batch)
+        text_loss, *head_losses = losses.values()
+        total = text_loss + 2 * sum(head_losses)
         optimizer_step(optimizer, total, learning_rate(step, steps, peak_lr))
-        named = {"loss": text, "objects": objects, "looks": look}
-        losses = {name: round(value.item(), 3) for name, value in named.items()}
+        losses = {name: round(loss.item(), 3) for name, loss in losses.items()}
         bar.set_postfix(losses, refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_half(phi, out / "phi.safetensors")

@@ -411,7 +411,7 @@ def _ask_same(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if asked is None:
         return None
     _, phrases = asked
-    return f"are {phrases[0]} and {phrases[1]} the same {name}?", "yes" if want else "no"
+    return f"is the {name} of {phrases[0]} and {phrases[1]} the same?", "yes" if want else "no"
 
 
 def _ask_larger(scene: Scene, rng: random.Random) -> tuple[str, str] | None:

@@ -55,6 +55,26 @@ def test_looks_are_attributes_and_place():
     assert rows[2:].sum() == 0
 
 
+def test_a_phrase_is_compared_with_the_phrase_before_it():
+    tokenizer = Tokenizer(WEIGHTS)
+    text = "is the solid triangle left of the red outlined triangle? left### the solid object"
+    texts = [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(text)]
+    rows = language.compared(texts, language.referred_objects(texts, SCENE)).tolist()
+    known = [(text.strip(), *row) for text, row in zip(texts, rows) if row[0] != IGNORE]
+    assert known == [  # "red" may be both
+        ("outlined", 1, 0), ("triangle", 1, 0), ("?", 1, 0), ("left", 1, 0),
+        ("solid", 0, 1), ("object", 0, 1),
+    ]  # fmt: skip
+
+
+def test_pairs_are_what_two_objects_share_and_how_they_lie():
+    solid, outlined = SCENE.objects
+    table = language.pairs(SCENE)
+    assert table[0, 1].tolist() == [1, 1, 0, 1, 0, float(solid.center[1] > outlined.center[1])]
+    assert table[1, 0, 4:].tolist() == [1, float(solid.center[1] < outlined.center[1])]
+    assert table[2:].sum() == table[:, 2:].sum() == 0
+
+
 def test_a_row_of_text_holds_the_scene_and_its_loss_reaches_every_part():
     tokenizer, rng = Tokenizer(WEIGHTS), random.Random(1)
     turns = language.scene_turns(SCENE, rng, ["vqa", "refer", language.ANY_ORDER])
@@ -68,7 +88,7 @@ def test_a_row_of_text_holds_the_scene_and_its_loss_reaches_every_part():
     phi, scaffold = Phi(PHI_PRESETS["mini"]), language.Scaffold(PHI_PRESETS["mini"].hidden_size)
     phi.init_weights()
     batch = language.language_batch([row, row], tokenizer)
-    total = sum(language.language_loss(phi, scaffold, batch))
+    total = sum(language.language_loss(phi, scaffold, batch).values())
     total.backward()
     assert torch.isfinite(total)
     assert all(p.grad is not None and p.grad.any() for p in scaffold.parameters())

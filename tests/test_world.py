@@ -193,9 +193,9 @@ def expected_answer(scene, question: str) -> str:
         if "left" in found[2]:
             return "left" if a.center[0] < b.center[0] else "right"
         return "above" if a.center[1] < b.center[1] else "below"
-    if found := re.match(r"are (.+) and (.+) the same (color|size)", q):
-        (a,), (b,) = fitting(scene, found[1]), fitting(scene, found[2])
-        return "yes" if getattr(a, found[3]) == getattr(b, found[3]) else "no"
+    if found := re.match(r"is the (color|size) of (.+) and (.+) the same", q):
+        (a,), (b,) = fitting(scene, found[2]), fitting(scene, found[3])
+        return "yes" if getattr(a, found[1]) == getattr(b, found[1]) else "no"
     found = re.match(r"which is larger, (.+) or (.+)", q)
     (a,), (b,) = fitting(scene, found[1]), fitting(scene, found[2])
     assert a.size != b.size
