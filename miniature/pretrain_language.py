@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +43,8 @@ ANY_ORDER = "[grounding] in any order"
 # How often a turn is of each task, at first and later.
 FIRST_TASKS = {ANY_ORDER: 8, "refer": 2}
 LATER_TASKS = {
-    ANY_ORDER: 3, "vqa": 6, "where": 4, "compare": 4, "refer": 3, "identify": 2, "detection": 2,
-    "grounding": 1, "caption": 1,
+    ANY_ORDER: 3, "vqa": 6, "compare": 4, "where": 2, "count": 2, "exists": 2, "refer": 2,
+    "identify": 3, "detection": 3, "grounding": 1, "caption": 1,
 }  # fmt: skip
 PROBED = ("caption", "refer", "identify", "detection", "grounding")
 SLOT_NAMES = (*world.ATTRIBUTES, "x1", "y1", "x2", "y2")
@@ -52,6 +53,7 @@ NAMED |= {world.noun({"shape": shape}, plural=True): ("shape", shape) for shape 
 NAMED |= {"object": ("", ""), "objects": ("", "")}
 LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8
 PAIRS = len(world.ATTRIBUTES) + 2
+ROUGHLY = 2  # hundredths of the picture
 ROW_TOKENS = 210  # rows of similar length waste little on padding
 
 
@@ -73,9 +75,20 @@ def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> lis
         else:
             record = record_of(scene, rng, task) or record_of(scene, rng, "vqa")
             [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
+            if task == "identify":
+                prompt = blurred_box(prompt, rng)
         seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
         turns.append((prompt.replace(seen, "") if turns else prompt, answer))
     return turns
+
+
+def blurred_box(text: str, rng: random.Random) -> str:
+    """Moves each side of the boxes in a text by up to ROUGHLY: a picture's vectors will tell where
+    its objects are only roughly, so a box must be found among those that are near."""
+    def moved(number: re.Match) -> str:
+        return f"<{min(99, max(0, int(number[1]) + rng.randint(-ROUGHLY, ROUGHLY)))}>"
+
+    return re.sub(r"<(\d+)>", moved, text)
 
 
 def language_row(scene: world.Scene, turns: list, stage: int, tokenizer: Tokenizer) -> dict:
@@ -121,9 +134,17 @@ def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
             rows.append([IGNORE] * len(slots))
             continue
         named = {name: value for name, value in said.items() if name}
-        rows.append([int(slot["size"] != "none" and named.items() <= slot.items())
+        rows.append([int(slot["size"] != "none" and all(map(fits, named.values(),
+                                                            map(slot.get, named))))
                      for slot in slots])  # fmt: skip
     return torch.tensor(rows)
+
+
+def fits(said: str, true: str) -> bool:
+    """Whether a word is right, or a number nearly."""
+    if said.isdigit():
+        return abs(int(said) - int(true)) <= ROUGHLY
+    return said == true
 
 
 def compared(texts: list[str], referred: Tensor) -> Tensor:
@@ -252,12 +273,12 @@ def language_loss(
 
     Answers alone teach to look an object up by its attributes so slowly that it was not learned
     in an hour, and to compare two objects not at all. The heads ask for the steps on the way, each
-    so early that later layers can use it: the object after layer 2 of six, how it looks after 3,
-    the one before and what both share after 4, and after 5 the same wherever it may be asked for.
+    so early that later layers can use it: the object and how it looks after layer 3 of six, the one
+    before and what both share after 4, and after 5 the latter wherever it may be asked for.
     """
     hidden: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[-1]))
-             for layer in phi.layers[1:5]]  # fmt: skip
+             for layer in phi.layers[2:5]]  # fmt: skip
     inputs_embeds = scene_embeds(phi, scaffold, batch, noise=0.2)
     text_loss = phi.loss(inputs_embeds, batch["attention_mask"], batch["labels"])
     for hook in hooks:
@@ -271,20 +292,20 @@ def language_loss(
 
     one = referred.sum(-1) == 1
     rows, places, meant = rows[one], places[one], referred[one].argmax(-1)
-    said = scaffold.look_head(hidden[1][rows, places].float())
+    said = scaffold.look_head(hidden[0][rows, places].float())
     look_loss = loss_of(said, batch["looks"][rows, meant])
 
     is_pair = batch["compared"][..., 0] != IGNORE
     rows, places = (is_pair & is_named).nonzero(as_tuple=True)
     meant, before = batch["compared"][rows, places].unbind(-1)
-    said = scaffold.before_head(hidden[2][rows, places].float())
+    said = scaffold.before_head(hidden[1][rows, places].float())
     before_loss = loss_of(said, batch["looks"][rows, before])
-    said = scaffold.pair_head(hidden[2][rows, places].float())
+    said = scaffold.pair_head(hidden[1][rows, places].float())
     pair_loss = loss_of(said, batch["pairs"][rows, meant, before])
 
     rows, places = (is_pair & ~is_named).nonzero(as_tuple=True)
     meant, before = batch["compared"][rows, places].unbind(-1)
-    said = scaffold.pair_head(hidden[3][rows, places].float())
+    said = scaffold.pair_head(hidden[2][rows, places].float())
     echo_loss = loss_of(said, batch["pairs"][rows, meant, before])
     return {"text": text_loss, "objects": object_loss, "looks": look_loss,
             "before": before_loss, "pairs": pair_loss, "echoes": echo_loss}  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import IGNORE, Tokenizer
+from data import IGNORE, Tokenizer, parse_boxes
 from miniature import pretrain_language as language
 from miniature import pretrain_vision as vision
 from miniature import world
@@ -42,6 +42,20 @@ def test_tokens_mean_the_objects_that_fit_what_was_said_so_far():
         ("red", "1100"), ("1", "1000"), ("36", "1000"), ("24", "1000"), ("59", "1000"),
         ("43", "0100"), ("36", "0000"),
     ]  # fmt: skip
+
+
+def test_boxes_may_be_off_by_a_little():
+    for moved in ("2><34", "0><38"):
+        assert referred(f"{{<{moved}>")[-1][1] == "1000"
+    assert referred("{<1><33>")[-1][1] == "0000"
+    rng, seen = random.Random(0), set()
+    for _ in range(200):
+        text = language.blurred_box("what is {<1><36><99><50>}?", rng)
+        boxes, malformed = parse_boxes(text)
+        assert malformed == 0 and text.startswith("what is {<")
+        seen.update(enumerate(boxes[0]))
+    assert {n for place, n in seen if place == 1} == {34, 35, 36, 37, 38}
+    assert {n for place, n in seen if place in (0, 2)} == {0, 1, 2, 3, 97, 98, 99}
 
 
 def test_looks_are_attributes_and_place():
