@@ -64,8 +64,11 @@ def record_of(scene: world.Scene, rng: random.Random, task: str) -> dict | None:
     return world.sample_record(scene, rng, task, 100)
 
 
-def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> list[tuple[str, str]]:
-    """A conversation of stage 4 about one scene, one turn a task."""
+def scene_turns(
+    scene: world.Scene, rng: random.Random, tasks: list[str], roughly: int = 0
+) -> list[tuple[str, str]]:
+    """A conversation of stage 4 about one scene, one turn a task; boxes that are asked about are
+    off by up to `roughly`."""
     turns = []
     for task in tasks:
         if task == ANY_ORDER:
@@ -76,17 +79,18 @@ def scene_turns(scene: world.Scene, rng: random.Random, tasks: list[str]) -> lis
             record = record_of(scene, rng, task) or record_of(scene, rng, "vqa")
             [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
             if task == "identify":
-                prompt = blurred_box(prompt, rng)
+                prompt = blurred_box(prompt, rng, roughly)
         seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
         turns.append((prompt.replace(seen, "") if turns else prompt, answer))
     return turns
 
 
-def blurred_box(text: str, rng: random.Random) -> str:
-    """Moves each side of the boxes in a text by up to ROUGHLY: a picture's vectors will tell where
-    its objects are only roughly, so a box must be found among those that are near."""
+def blurred_box(text: str, rng: random.Random, roughly: int) -> str:
+    """Moves each side of the boxes in a text by up to so many hundredths: a picture's vectors will
+    tell where its objects are only roughly, so a box has to be found among those that are near."""
+
     def moved(number: re.Match) -> str:
-        return f"<{min(99, max(0, int(number[1]) + rng.randint(-ROUGHLY, ROUGHLY)))}>"
+        return f"<{min(99, max(0, int(number[1]) + rng.randint(-roughly, roughly)))}>"
 
     return re.sub(r"<(\d+)>", moved, text)
 
@@ -203,7 +207,7 @@ class LanguageScenes(IterableDataset):
     for one worker.
 
     The first `first` batches have FIRST_TASKS only, and up to batch `easy` there are at most two
-    objects: to tell two apart is learned before four.
+    objects and exact boxes: to tell two apart is learned before four, to copy before to compare.
     """
 
     def __init__(self, tokenizer: Tokenizer, batch_size: int, first: int, easy: int):
@@ -223,7 +227,7 @@ class LanguageScenes(IterableDataset):
         stage = 4 if number < self.first else rng.choices((1, 3, 4), (1, 1, 10))[0]
         if stage == 4:
             tasks = rng.choices(list(weights), list(weights.values()), k=8)
-            turns = scene_turns(scene, rng, tasks)
+            turns = scene_turns(scene, rng, tasks, 0 if number < self.easy else ROUGHLY)
         else:
             record = world.caption_record(scene) if stage == 1 else world.detail_record(scene)
             turns = make_sample(record, stage, rng, (100, 100))

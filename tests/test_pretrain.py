@@ -50,7 +50,7 @@ def test_boxes_may_be_off_by_a_little():
     assert referred("{<1><33>")[-1][1] == "0000"
     rng, seen = random.Random(0), set()
     for _ in range(200):
-        text = language.blurred_box("what is {<1><36><99><50>}?", rng)
+        text = language.blurred_box("what is {<1><36><99><50>}?", rng, roughly=2)
         boxes, malformed = parse_boxes(text)
         assert malformed == 0 and text.startswith("what is {<")
         seen.update(enumerate(boxes[0]))
