@@ -421,8 +421,8 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             run(parse_arguments(argv))
         return 0
-    except torch.OutOfMemoryError:
-        message = "out of memory on the device; use --device cpu"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "out of memory; use --dtype bf16, or --device cpu if it was the GPU's"
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)

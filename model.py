@@ -341,6 +341,13 @@ def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
+def half_dtype(device: str) -> torch.dtype:
+    """The 16-bit type that the device computes with: bf16, which has the range of fp32, or fp16."""
+    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.float16 if device == "mps" else torch.bfloat16
+
+
 def autocast(phi: Phi) -> torch.autocast:
     """Half precision for a model whose weights are in it; changes nothing for fp32."""
     weight = phi.lm_head.weight
@@ -367,7 +374,8 @@ class TinyGPTV(nn.Module):
         super().__init__()
         self.config = config
         self.stage = config.stage
-        self.load_report = ""  # what a loader has to say
+        self.load_report = ""  # what official/load.py has to say
+        self.carried: set[str] = set()  # frozen tensors that are the checkpoint's, not a backbone's
         self.visual_encoder = EvaViT(config.vision)
         self.qformer = QFormer(config.qformer)
         self.projector = Projector(config.projector)
@@ -420,12 +428,19 @@ class TinyGPTV(nn.Module):
             raise ValueError(f"{directory} holds stage {config.stage}, not {stage}")
         with torch.device("meta"):  # no memory for weights that the files are about to bring
             model = cls(config)
-        set_dtype(model, dtype or torch.float32)
         model.backbones = folder / backbones
+        on_official = is_official(model.backbones)
+        set_dtype(model, dtype or (half_dtype(device) if on_official else torch.float32))
         expected = model.state_dict()
         state: dict[str, Tensor] = {}
-        for name, prefix in BACKBONE_FILES.items():
-            state |= read_tensors(model.backbones / name, prefix, expected)
+        if on_official:
+            from official.load import read_backbones
+
+            state = read_backbones(model, model.backbones, device)
+        else:
+            for name, prefix in BACKBONE_FILES.items():
+                state |= read_tensors(model.backbones / name, prefix, expected)
+            model.tokenizer = Tokenizer(model.backbones)
         require(state, {name for name in expected if not is_new(name)}, model.backbones)
         if config.stage == 0:
             state |= new_projector(config.projector)
@@ -433,8 +448,8 @@ class TinyGPTV(nn.Module):
             trained = read_tensors(folder / "model.safetensors", "", expected)
             require(trained, {name for name in expected if is_trainable(name)}, folder)
             state |= trained
+            model.carried = {name for name in trained if not is_trainable(name)}
         model.load_state_dict(state, assign=True)
-        model.tokenizer = Tokenizer(model.backbones)
         return model.to(device).eval()
 
 
@@ -448,8 +463,13 @@ BACKBONE_FILES = {
 
 
 def is_official(directory: Path) -> bool:
-    """Whether a folder holds official files. Their ViT and Q-Former are pickles; ours are not."""
-    return any(path.suffix in (".pth", ".bin") for path in directory.rglob("*"))
+    """Whether a folder holds official files, or the beginnings of their download: their ViT and
+    Q-Former are pickles. A folder with one of our configurations is ours whatever else is there."""
+    for path in (directory / "config.json", *directory.glob("stage[1-4]/config.json")):
+        if path.exists() and '"qformer"' in path.read_text("utf-8", errors="replace"):
+            return False
+    endings = (".pth", ".pt", ".bin", ".part")
+    return any(path.suffix in endings for path in directory.rglob("*"))
 
 
 def checkpoint_directory(directory: Path, stage: int | None) -> Path:
@@ -502,10 +522,17 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor | None) -> Tensor:
     if tensor.shape != expected.shape:
         shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected.shape)}"
         raise ValueError(f"{name} has shape {shapes}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
     copied = tensor.to(expected.dtype, copy=True)
-    if not torch.stack(copied.aminmax()).isfinite().all():  # NaN is the extreme of both
-        raise ValueError(f"{name} holds NaN or infinity")
+    if not all_finite(copied):
+        too_large = f"numbers too large for {expected.dtype}"
+        raise ValueError(f"{name} holds {too_large if all_finite(tensor) else 'NaN or infinity'}")
     return copied
+
+
+def all_finite(tensor: Tensor) -> bool:
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is the extreme of both
 
 
 def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
@@ -524,7 +551,8 @@ def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
     temporary file, so that a crash never leaves half of one. The frozen tensors stay where they
     are, in `model.backbones`, to which config.json points."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    state = {n: p.detach().contiguous() for n, p in model.named_parameters()
+             if p.requires_grad or n in model.carried}  # fmt: skip
     save_file(state, folder / "model.safetensors.tmp")
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
     description = asdict(model.config) | {"backbones": os.path.relpath(model.backbones, folder)}

@@ -190,7 +190,9 @@ def train(config: TrainConfig) -> None:
     """One stage from beginning to end; writes config.json, model.safetensors and log.jsonl."""
     torch.manual_seed(config.seed)
     out = Path(config.out or f"runs/stage{config.stage}")
-    model = TinyGPTV.from_pretrained(config.weights, config.stage - 1, config.device)
+    bf16 = has_bf16(config.device)
+    dtype = torch.bfloat16 if bf16 else torch.float32  # of what stays frozen
+    model = TinyGPTV.from_pretrained(config.weights, config.stage - 1, config.device, dtype)
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     model.to(config.device).train()  # to the device again: LoRA is new
@@ -198,7 +200,8 @@ def train(config: TrainConfig) -> None:
     schedule.batch_size = config.batch_size or schedule.batch_size
     if config.steps:
         schedule.cycles, schedule.epochs, schedule.steps_per_epoch = 1, 1, config.steps
-    bf16 = has_bf16(config.device)
+    if model.load_report:
+        print(model.load_report, file=sys.stderr)
     print(summary(model, schedule) + f", products in {'bf16' if bf16 else 'fp32'}")
 
     log = RunLog(out, model.config.phi.vocab_size)

@@ -150,6 +150,8 @@ def evaluate(config: Config) -> dict:
     began = time.time()
     records = read_records(config.data) if config.bench == "jsonl" else []
     model = TinyGPTV.from_pretrained(config.weights, config.stage or None)
+    if model.load_report:
+        print(model.load_report, file=sys.stderr)
     about: dict = {"bench": config.bench, "stage": model.stage, "blind": config.blind}
     if config.bench == "world":
         about |= {"split": config.split, "n": config.n, "seed": config.seed}

@@ -21,12 +21,15 @@ BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Form
 
 
 def export_checkpoint(model: TinyGPTV, path: Path) -> int:
-    """Writes all that the stages train; returns how many tensors that were."""
-    state = {name: p.detach() for name, p in model.named_parameters() if is_trainable(name)}
+    """Writes all that the stages train, and what else the model has from its checkpoint; returns
+    how many tensors that were."""
+    state = {name: p.detach() for name, p in model.named_parameters()
+             if is_trainable(name) or name in model.carried}  # fmt: skip
     tensors = {n: t.cpu().contiguous() for n, t in to_official(state, model.config).items()}
     tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(BERT_POSITIONS)[None]
     part = path.with_name(path.name + ".part")
-    torch.save({"model": tensors}, part)
+    with open(part, "wb") as file:
+        torch.save({"model": tensors}, file)
     os.replace(part, path)
     return len(state)
 
@@ -37,7 +40,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     given = parser.parse_args(arguments)
     try:
+        if not given.out.parent.is_dir() or given.out.is_dir():
+            raise ValueError(f"--out {given.out}: say a file in a folder that exists")
         model = TinyGPTV.from_pretrained(given.weights)
+        if model.load_report:
+            print(model.load_report, file=sys.stderr)
         count = export_checkpoint(model, given.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

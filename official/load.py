@@ -14,7 +14,7 @@ for a reason that the report gives; all else is an error that names file and ten
 import ctypes
 import json
 import mmap
-import pickle
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,13 +22,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data import Tokenizer
 from lora import LORA_PRESETS
-from model import ModelConfig, TinyGPTV, check_tensor, is_trainable, new_projector, set_dtype
+from model import (
+    ModelConfig,
+    TinyGPTV,
+    check_tensor,
+    half_dtype,
+    is_trainable,
+    new_projector,
+    set_dtype,
+)
 from official.fetch import NOT_WEIGHTS
 from official.weights import (
     clip_from_official,
@@ -48,7 +55,7 @@ SIGNS = {
     EVA: r"blocks\.\d+\.attn\.q_bias$",
     PHI: r"transformer\.(embd|h)\.|lm_head\.|model\.(embed_tokens|layers|final_layernorm)\.",
 }
-ENDINGS = (".pth", ".bin", ".safetensors")
+ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 AGAIN = "fetch it again: python official/fetch.py"
 # What Phi-2's files lack of TinyGPT-V's norms, and its checkpoints bring or leave as they began.
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
@@ -57,9 +64,9 @@ NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weig
 @dataclass
 class WeightFile:
     path: Path
-    tensors: dict[str, Tensor]  # memory-mapped: nothing is read before it is used
+    tensors: dict[str, Tensor]  # memory-mapped, but for pickles from before torch 1.6
     part: str
-    loaded: int = 0
+    places: list[list[str]] = field(default_factory=list)  # of each tensor used, by our names
     ignored: Counter = field(default_factory=Counter)  # reason: how many tensors
 
     def let_go(self) -> None:
@@ -79,33 +86,32 @@ class WeightFile:
 
 def open_weights(path: Path) -> WeightFile:
     """One weight file. Raises ValueError, with the file's size and what to do, for what is not."""
-    size = path.stat().st_size
+    described = f"{path} ({path.stat().st_size:,} bytes)"
     with open(path, "rb") as file:
         head = file.read(64)
+    is_safetensors = head[8:9] == b"{"  # a JSON table after eight bytes with its length
     for start, kind in NOT_WEIGHTS.items():
-        if head.lstrip().startswith(start):
-            raise ValueError(f"{path} ({size:,} bytes) is {kind}, not weights; {AGAIN}")
+        if head.lstrip().startswith(start) and not is_safetensors:
+            raise ValueError(f"{described} is {kind}, not weights; {AGAIN}")
     try:
-        if head.startswith(b"PK"):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        elif head.startswith(b"\x80"):  # before torch 1.6
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        if head.startswith((b"PK", b"\x80")) and not is_safetensors:
+            is_zip = head.startswith(b"PK")  # the container since torch 1.6
+            content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
         else:
             content = load_file(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} ({size:,} bytes) holds something else than tensors and plain values "
-            f"({first_words(error)}); that could run code, so it was not opened. If the file is "
-            f"not what its author made, {AGAIN}"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} ({size:,} bytes) is damaged or cut off ({first_words(error)}); {AGAIN}"
-        ) from None
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        reason = first_words(error)
+        if "Unsupported global" in reason:
+            raise ValueError(
+                f"{described} holds something else than tensors and plain values ({reason}); "
+                f"that could run code, so it was not opened. If it is damaged, {AGAIN}"
+            ) from None
+        raise ValueError(f"{described} is damaged or cut off ({reason}); {AGAIN}") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # beside it may be an optimizer, which stays unread
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path} is not a table of tensors, so it is no weight file")
+    if not (isinstance(content, dict) and all(isinstance(name, str) for name in content)
+            and all(isinstance(tensor, Tensor) for tensor in content.values())):  # fmt: skip
+        raise ValueError(f"{described} is not a table of tensors, so it is no weight file")
     return WeightFile(path, content, part_of(path, content))
 
 
@@ -123,79 +129,86 @@ def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
     raise ValueError(f"{path} is no part of TinyGPT-V (it begins with {first}); move it elsewhere")
 
 
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a JSON table; {AGAIN}")
+    return content
+
+
 def find_parts(folder: Path) -> dict[str, list[WeightFile]]:
     """The weight files in a folder and in its subfolders, by the part that they hold."""
-    for index in sorted(folder.rglob("*.index.json")):
-        for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())):
-            if not index.with_name(name).exists():
-                raise FileNotFoundError(f"{index.with_name(name)} is missing; {AGAIN}")
+    paths = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
+                   for name in names)  # fmt: skip
+    for index in (path for path in paths if path.name.endswith(".index.json")):
+        weight_map = read_json(index).get("weight_map", {})
+        missing = sorted({name for name in weight_map.values()
+                          if not index.with_name(name).exists()})  # fmt: skip
+        if missing:
+            raise FileNotFoundError(f"{index.with_name(missing[0])} is missing; {AGAIN}")
     parts: dict[str, list[WeightFile]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS):
-        file = open_weights(path)
+    for file in (open_weights(path) for path in paths if path.suffix in ENDINGS):
         parts.setdefault(file.part, []).append(file)
-    if not parts:
-        raise FileNotFoundError(f"{folder} holds no weights; {AGAIN} --out {folder}")
     if EVA in parts and CLIP in parts:
         eva, clip = parts[EVA][0].path, parts[CLIP][0].path
         raise ValueError(f"{eva} and {clip} are two ViTs; move one of them elsewhere")
-    for part in (QFORMER, PHI, EVA if CLIP not in parts else CLIP):
+    for part in (CLIP if CLIP in parts else EVA, QFORMER, PHI):
         if part not in parts:
             raise FileNotFoundError(f"{folder} holds no file of {part}; {AGAIN} --out {folder}")
-    for part, files in parts.items():
-        if part != CHECKPOINT:
-            check_no_tensor_twice(files)
     return parts
 
 
-def check_no_tensor_twice(files: list[WeightFile]) -> None:
-    seen: dict[str, Path] = {}
-    for file in files:
-        for name in file.tensors:
-            if name in seen:
-                both = f"{seen[name]} and {file.path}"
-                raise ValueError(f"{both} both hold {name}; move one of them elsewhere")
-            seen[name] = file.path
-
-
-def stage_of(file: WeightFile) -> int:
-    """The stage that a checkpoint is of: its name says it, or else whether it has LoRA."""
-    named = re.search(r"[Ss]tage_?([1-4])", file.path.name)
-    return int(named[1]) if named else 4 if has_lora(file) else 1
+def stage_of(file: WeightFile) -> int | None:
+    """The stage that a checkpoint is of, if the name of the file or of its folder says so."""
+    named = re.findall(r"[Ss]tage_?([1-4])", f"{file.path.parent.name}/{file.path.name}")
+    return int(named[-1]) if named else None
 
 
 def has_lora(file: WeightFile) -> bool:
     return any(".lora_A." in name for name in file.tensors)
 
 
-def choose_checkpoint(files: list[WeightFile], stage: int | None) -> WeightFile | None:
-    """The checkpoint of the stage, by default of the last there is; None for stage 0."""
+def choose_checkpoint(
+    files: list[WeightFile], stage: int | None
+) -> tuple[WeightFile | None, int]:
+    """The checkpoint of the stage, by default of the last there is, and the stage; (None, 0) for
+    stage 0 or where there is none."""
     if stage == 0 or (stage is None and not files):
-        return None
+        return None, 0
     by_stage: dict[int, WeightFile] = {}
     for file in files:
-        if stage_of(file) in by_stage:
-            both = f"{by_stage[stage_of(file)].path} and {file.path}"
-            raise ValueError(f"{both} are both of stage {stage_of(file)}; move one elsewhere")
-        by_stage[stage_of(file)] = file
+        number = stage_of(file) or stage
+        if number is None:
+            raise ValueError(f"no name says which stage {file.path} is of; say it with --stage")
+        if number in by_stage:
+            both = f"{by_stage[number].path} and {file.path}"
+            raise ValueError(f"{both} are both of stage {number}; move one elsewhere")
+        by_stage[number] = file
     if stage is not None and stage not in by_stage:
         found = ", ".join(map(str, sorted(by_stage))) or "none"
         raise FileNotFoundError(f"no checkpoint of stage {stage}; stages found: {found}")
-    return by_stage[stage or max(by_stage)]
+    last = stage or max(by_stage)
+    return by_stage[last], last
 
 
 # ---- sizes ----
 
 
-def full_config(parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None) -> ModelConfig:
+def full_config(
+    parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None, stage: int
+) -> ModelConfig:
     """The official sizes, with what the folder says of itself: which ViT, whether LoRA, and how
     much of each head rotates, which Phi-2's config.json tells (0.5 in its first days)."""
-    vision = "clip" if CLIP in parts else "full"
-    config = ModelConfig.preset("full", stage_of(checkpoint) if checkpoint else 0, vision)
+    config = ModelConfig.preset("full", stage, "clip" if CLIP in parts else "full")
     config.lora = LORA_PRESETS["full"] if checkpoint and has_lora(checkpoint) else None
     path = parts[PHI][0].path.with_name("config.json")
     if path.exists():
-        values = json.loads(path.read_text("utf-8"))
-        factor = values.get("partial_rotary_factor", config.phi.partial_rotary_factor)
+        factor = read_json(path).get("partial_rotary_factor", config.phi.partial_rotary_factor)
+        if not isinstance(factor, float) or not 0 < factor <= 1:
+            raise ValueError(f"{path}: partial_rotary_factor is {factor}, not above 0 and up to 1")
         config.phi = replace(config.phi, partial_rotary_factor=factor)
     return config
 
@@ -216,32 +229,45 @@ class Filling:
         self.source: dict[str, Path] = {}  # where each came from
 
     def add(self, files: list[WeightFile]) -> None:
-        """Takes all that the files of one part hold."""
-        file_of = {name: file for file in files for name in file.tensors}
-        unreleased = 0
+        """Takes all that the files of one part hold. What an earlier part brought is replaced."""
+        file_of = files_by_name(files)
+        placed: dict[str, Path] = {}  # by this part
+        num_read = 0
         for names in taken_together(file_of, files[0].part):
             tensors = {name: file_of[name].tensors[name] for name in names}
-            file = file_of[names[0]]
-            try:
-                ours, ignored = self.translate(file.part, tensors)
-                for name, tensor in ours.items():
-                    label = names[0] if len(ours) == 1 else name
-                    tensor = check_tensor(label, tensor, self.expected.get(name))
-                    self.state[name], self.source[name] = tensor.to(self.device), file.path
-            except ValueError as error:
-                raise ValueError(f"{file.path}: {error}") from None
+            ignored = self.place(file_of[names[0]], tensors, placed)
             for name in names:
                 if name in ignored:
                     file_of[name].ignored[ignored[name]] += 1
-                else:
-                    file_of[name].loaded += 1
-                    unreleased += tensors[name].nbytes
-            if unreleased > 2**28:
-                unreleased = 0
+            num_read += sum(tensor.nbytes for tensor in tensors.values())
+            if num_read > 2**28:
+                num_read = 0
                 for file in files:
                     file.let_go()
         for file in files:
             file.tensors = {}  # closes the file
+
+    def place(
+        self, file: WeightFile, tensors: dict[str, Tensor], placed: dict[str, Path]
+    ) -> dict[str, str]:
+        """Puts some tensors of a file, translated and checked, where they belong; returns those
+        that are ignored, with the reason."""
+        try:
+            ours, ignored = self.translate(file.part, tensors)
+            for name, tensor in ours.items():
+                label = " + ".join(tensors) if len(ours) == 1 else name
+                if name in placed:
+                    raise held_twice(label, placed[name], file.path)
+                tensor = check_tensor(label, tensor, self.expected.get(name))
+                self.state[name] = tensor.to(self.device)
+                self.source[name] = placed[name] = file.path
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from None
+        except RuntimeError:  # q, k and v that can't be joined, rows that can't be reordered
+            found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+            raise ValueError(f"{file.path}: shapes that do not fit the model: {found}") from None
+        file.places += [list(ours)] * (len(tensors) - len(ignored))
+        return ignored
 
     def translate(self, part: str, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, str]]:
         """Tensors by our names, and for those without a use the reasons."""
@@ -255,6 +281,16 @@ class Filling:
         state, ignored = from_file(tensors, config.vision.num_layers)
         return {f"visual_encoder.{name}": tensor for name, tensor in state.items()}, ignored
 
+    def report(self, file: WeightFile) -> str:
+        """A line about what became of a file's tensors."""
+        used = [any(self.source[name] == file.path for name in names) for names in file.places]
+        line = f"{file.path}: {file.part}, {sum(used)} tensors loaded"
+        if not all(used):
+            line += f", {len(used) - sum(used)} ignored (the checkpoint has its own)"
+        for reason, count in file.ignored.items():
+            line += f", {count} ignored ({reason})"
+        return line
+
     def begin_the_rest(self, checkpoint: WeightFile | None) -> list[str]:
         """Gives a beginning to what no file needs to have: TinyGPT-V's norms, and without a
         checkpoint the projection. Returns the names. Raises ValueError if anything else is missing.
@@ -262,13 +298,13 @@ class Filling:
         missing = [name for name in self.expected if name not in self.state]
         projector = new_projector(self.model.config.projector)
         for name in missing:
-            shape = self.expected[name].shape
             if re.fullmatch(NEW_NORM, name) and (name.endswith("bias") or not checkpoint):
-                value = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+                value = new_norm(name, self.expected[name])
             elif name.startswith("projector.") and not checkpoint:
                 value = projector[name]
             else:
-                raise ValueError(f"no file holds {name}, shape {tuple(shape)}")
+                shape = tuple(self.expected[name].shape)
+                raise ValueError(f"no file holds {name}, shape {shape}")
             self.state[name] = value.to(self.device)
         return missing
 
@@ -282,6 +318,25 @@ class Filling:
             if self.source.get(name) != checkpoint.path:
                 if not (first_release and name == "phi.final_layernorm.weight"):
                     raise ValueError(f"{checkpoint.path} lacks {name}, which every stage trains")
+
+
+def new_norm(name: str, like: Tensor) -> Tensor:
+    """A weight or bias of one of TinyGPT-V's norms, as training begins."""
+    return torch.zeros(like.shape) if name.endswith(".bias") else torch.ones(like.shape)
+
+
+def held_twice(name: str, one: Path, other: Path) -> ValueError:
+    return ValueError(f"{one} and {other} both hold {name}; move one of them elsewhere")
+
+
+def files_by_name(files: list[WeightFile]) -> dict[str, WeightFile]:
+    file_of: dict[str, WeightFile] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in file_of:
+                raise held_twice(name, file_of[name].path, file.path)
+            file_of[name] = file
+    return file_of
 
 
 def taken_together(names: Iterable[str], part: str) -> list[list[str]]:
@@ -308,45 +363,52 @@ def load_official(
     missing, unexpected, of the wrong shape, or not finite.
     """
     parts = find_parts(Path(directory))
-    checkpoint = choose_checkpoint(parts.pop(CHECKPOINT, []), stage)
+    checkpoint, stage = choose_checkpoint(parts.pop(CHECKPOINT, []), stage)
     with torch.device("meta"):
-        model = TinyGPTV(config or full_config(parts, checkpoint))
+        model = TinyGPTV(config or full_config(parts, checkpoint, stage))
     set_dtype(model, dtype or half_dtype(device))
-    model.backbones = parts[PHI][0].path.parent
-    model.tokenizer = Tokenizer(model.backbones)  # before the long part, should it be missing
+    model.tokenizer = read_tokenizer(parts)  # before the long part, should it be missing
+    model.backbones = Path(directory)
     filling = Filling(model, device)
     for files in parts.values():
         filling.add(files)
     if checkpoint:
         filling.add([checkpoint])
         filling.check_trained(checkpoint)
+        model.carried = {name for name, path in filling.source.items()
+                         if path == checkpoint.path and not is_trainable(name)}  # fmt: skip
     begun = filling.begin_the_rest(checkpoint)
     model.load_state_dict(filling.state, assign=True)
     files = [file for files in parts.values() for file in files] + [checkpoint] * bool(checkpoint)
-    model.load_report = report(model, files, begun, checkpoint)
+    lines = [filling.report(file) for file in files]
+    model.load_report = "\n".join(lines + closing_lines(model, len(begun), checkpoint))
     return model.eval()
 
 
-def half_dtype(device: str) -> torch.dtype:
-    """The 16-bit type that the device computes with: bf16, which has the range of fp32, or fp16."""
-    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.float16 if device == "mps" else torch.bfloat16
+def read_backbones(model: TinyGPTV, folder: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a model on the meta device that the official files in `folder` bring, for a
+    checkpoint that was trained here on top of them. Sets the model's tokenizer."""
+    parts = find_parts(folder)
+    parts.pop(CHECKPOINT, None)
+    model.tokenizer = read_tokenizer(parts)
+    filling = Filling(model, device)
+    for files in parts.values():
+        filling.add(files)
+    lines = [filling.report(file) for files in parts.values() for file in files]
+    model.load_report = "\n".join(lines)
+    names = [name for name in filling.expected if re.fullmatch(NEW_NORM, name)]
+    new = {name: new_norm(name, filling.expected[name]).to(device) for name in names}
+    return new | filling.state
 
 
-def report(
-    model: TinyGPTV, files: list[WeightFile], begun: list[str], checkpoint: WeightFile | None
-) -> str:
-    """What came from where, a line a file."""
-    lines = []
-    for file in files:
-        line = f"{file.path}: {file.part}, {file.loaded} tensors loaded"
-        for reason, count in file.ignored.items():
-            line += f", {count} ignored ({reason})"
-        lines.append(line)
+def read_tokenizer(parts: dict[str, list[WeightFile]]) -> Tokenizer:
+    return Tokenizer(parts[PHI][0].path.parent)
+
+
+def closing_lines(model: TinyGPTV, begun: int, checkpoint: WeightFile | None) -> list[str]:
     total = sum(parameter.numel() for parameter in model.parameters())
-    rest = f"; {len(begun)} tensors that no file has are as training begins" if begun else ""
-    lines.append(f"{total:,} parameters, every one accounted for{rest}")
+    rest = f"; {begun} tensors that no file has are as training begins" if begun else ""
+    lines = [f"stage {model.stage}: {total:,} parameters, every one accounted for{rest}"]
     if not checkpoint:
         lines.append("without a checkpoint of TinyGPT-V this model talks nonsense until trained")
-    return "\n".join(lines)
+    return lines

@@ -10,18 +10,21 @@ import json
 import re
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from golden_case import Case, full_config, full_weights
-from model import ModelConfig, TinyGPTV, is_trainable
-from official import load
+import train
+from golden_case import Case, full_config, full_weights, qformer_config
+from model import ModelConfig, TinyGPTV, is_trainable, save_checkpoint
+from official import export, load
 from official.export import export_checkpoint
 from official.load import load_official, open_weights
 from official.weights import by_blocks, from_official, to_official
+from vision import VisionConfig
 
 EVA, QFORMER, PHI, STAGE = (
     "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "phi-2", "TinyGPT-V_for_Stage4.pth",
@@ -209,7 +212,15 @@ def test_the_first_release_of_stage_4_brings_its_own_qformer(case, folder):
     del tensors["llama_model.base_model.model.model.final_layernorm.weight"]
     torch.save(runner_file(tensors), folder / STAGE)
     expected = expected_state(case) | from_official(own, config)[0]
-    assert_same(load_small(case, folder).state_dict(), begun(expected))
+    model = load_small(case, folder)
+    assert_same(model.state_dict(), begun(expected))
+    assert "the Q-Former, 2 tensors loaded" in model.load_report  # ln_vision is BLIP-2's
+    assert f"{len(own) - 1} ignored (the checkpoint has its own)" in model.load_report
+
+    export_checkpoint(model, folder / "out.pth")
+    exported = torch.load(folder / "out.pth", weights_only=True)["model"]
+    assert set(exported) >= set(tensors)
+    assert all(torch.equal(exported[n], t) for n, t in tensors.items() if t.is_floating_point())
 
 
 def test_without_a_checkpoint_the_new_parts_are_as_training_begins(case, folder):
@@ -228,8 +239,28 @@ def test_the_last_stage_is_the_default(case, folder):
     torch.save(runner_file(checkpoint_file(case)), folder / "TinyGPT-V_for_Stage2.pth")
     assert "Stage4" in load_small(case, folder).load_report
     assert "Stage4" not in load_small(case, folder, stage=2).load_report
+    assert "\nstage 4: " in load_small(case, folder).load_report
     with pytest.raises(FileNotFoundError, match="no checkpoint of stage 3; stages found: 2, 4"):
         load_small(case, folder, stage=3)
+
+
+def test_a_checkpoint_that_does_not_say_its_stage(case, folder):
+    """The official runner writes checkpoint_3.pth, perhaps into a folder of the stage's name."""
+    (folder / STAGE).rename(folder / "checkpoint_3.pth")
+    with pytest.raises(ValueError, match="which stage .*checkpoint_3.pth is of; say it with"):
+        load_small(case, folder)
+    assert load_small(case, folder, stage=2).stage == 2
+    (folder / "XGPTv2_stage3").mkdir()
+    (folder / "checkpoint_3.pth").rename(folder / "XGPTv2_stage3" / "checkpoint_3.pth")
+    with pytest.raises(FileNotFoundError, match="stages found: 3"):
+        load_small(case, folder, stage=2)
+
+
+def test_linked_folders_are_looked_into(case, folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("models") / PHI
+    (folder / PHI).rename(elsewhere)
+    (folder / PHI).symlink_to(elsewhere)
+    assert len(load_small(case, folder).tokenizer) == 50295
 
 
 def test_clip_instead_of_eva(case, folder):
@@ -240,16 +271,33 @@ def test_clip_instead_of_eva(case, folder):
     torch.save({"model": qformer.below("w/")}, folder / QFORMER)
     parts = load.find_parts(folder)
     assert set(parts) == {load.CLIP, load.QFORMER, load.PHI, load.CHECKPOINT}
-    config = load.full_config(parts, parts[load.CHECKPOINT][0])
+    config = load.full_config(parts, parts[load.CHECKPOINT][0], 4)
     assert config.vision.clip and config.qformer.vision_hidden_size == 1024
+
+    meta = vit.meta["config"]
+    config = full_config(case, 4)
+    config.vision = VisionConfig(
+        meta["img_size"], meta["patch_size"], meta["width"], meta["layers"], meta["heads"],
+        meta["mlp_hidden"], meta["norm_eps"], clip=True,
+    )  # fmt: skip
+    config.qformer = qformer_config(qformer.meta["config"])
+    config.projector.in_features = config.qformer.hidden_size
+    trained = {n: t for n, t in checkpoint_file(case).items() if n != "llama_proj.weight"}
+    wider = torch.ones(config.projector.mid_features, config.projector.in_features)
+    torch.save({"model": trained | {"llama_proj.weight": wider}}, folder / STAGE)
+    model = load_official(folder, dtype=torch.float32, config=config)
+    features = model.visual_encoder(vit["in/image"])
+    assert (features - vit["out/features"]).abs().max() < 1e-4
+    queries = model.qformer(qformer["in/image_features"])
+    assert (queries - qformer["out/last_hidden_state"]).abs().max() < 1e-4
 
 
 def test_how_much_rotates_is_what_phi_2_says(case, folder):
     parts = load.find_parts(folder)
-    config = load.full_config(parts, parts[load.CHECKPOINT][0])
+    config = load.full_config(parts, parts[load.CHECKPOINT][0], 4)
     assert config.phi.partial_rotary_factor == 0.5 and config.stage == 4
     (folder / PHI / "config.json").unlink()
-    assert load.full_config(parts, None).phi.partial_rotary_factor == 0.4
+    assert load.full_config(parts, None, 0).phi.partial_rotary_factor == 0.4
 
 
 def test_the_report_accounts_for_every_tensor(case, folder):
@@ -278,6 +326,39 @@ def test_export_gives_back_the_official_checkpoint(case, folder, lora):
     buffer = "Qformer.bert.embeddings.position_ids"
     assert torch.equal(exported.pop(buffer), torch.arange(512)[None])
     assert_same(exported, {n: t for n, t in original.items() if n != buffer})
+
+
+@pytest.mark.parametrize("own_qformer", [False, True])
+def test_what_was_trained_on_top_loads_again_and_is_exported(
+    case, folder, own_qformer, tmp_path_factory, capsys
+):  # fmt: skip
+    if own_qformer:
+        own = {n: t + 1 for n, t in full_weights(case).items() if n == "query_tokens"}
+        change(folder / STAGE, lambda tensors: tensors.update(own))
+    model = load_small(case, folder)
+    train.set_trainable(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.125
+    run = tmp_path_factory.mktemp("runs") / "stage4"
+    save_checkpoint(model, run)
+    again = TinyGPTV.from_pretrained(run, dtype=torch.float32)
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.carried == model.carried == ({"qformer.query_tokens"} if own_qformer else set())
+    assert EVA in again.load_report and len(again.tokenizer) == 50295
+
+    assert export.main(["--weights", str(run), "--out", str(run / "out.pth")]) == 0
+    assert "out.pth: 21 tensors of stage 4" in capsys.readouterr().out or own_qformer
+    ours, _ = from_official(torch.load(run / "out.pth", weights_only=True)["model"], model.config)
+    assert_same(ours, {n: t for n, t in model.state_dict().items() if n in ours})
+    assert set(ours) == {n for n in model.state_dict() if is_trainable(n)} | model.carried
+    assert TinyGPTV.from_pretrained(run).stage == 4  # out.pth in it does not make it official
+
+
+def test_export_says_where_it_can_not_write(tmp_path, capsys):
+    out = tmp_path / "missing" / "out.pth"
+    assert export.main(["--weights", str(tmp_path), "--out", str(out)]) == 2
+    assert "a folder that exists" in capsys.readouterr().err
 
 
 # ---- what does not load ----
@@ -320,7 +401,7 @@ def test_pickles_of_more_than_tensors_are_not_opened(tmp_path, capsys, write):
     (b"<!DOCTYPE html><html>404", r"\(24 bytes\) is a web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a git-lfs pointer"),
     (b"PK\x03\x04 not much of an archive", "is damaged or cut off"),
-    (b"\x80\x02 not much of a pickle", "holds something else|is damaged or cut off"),
+    (b"\x80\x02 not much of a pickle", "is damaged or cut off"),
     (write_safetensors(ONE, b"1234")[:5], "is damaged or cut off"),  # in the length
     (write_safetensors(ONE, b"1234")[:30], "is damaged or cut off"),  # in the header
     (write_safetensors(ONE, b"12"), "is damaged or cut off"),  # in the data
@@ -338,6 +419,16 @@ def test_damaged_files_are_named_with_their_size_and_what_to_do(tmp_path, conten
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("length", range(1, 400, 37))
+def test_old_pickles_that_were_cut_off(tmp_path, length):
+    path = tmp_path / "a.pth"
+    torch.save({"llama_proj.bias": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    assert open_weights(path).part == load.PROJECTION
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=rf"a.pth \({length} bytes\) .* fetch it again"):
+        open_weights(path)  # a name that was cut off is a forbidden one
+
+
 def test_a_checkpoint_that_was_cut_off(folder):
     whole = (folder / STAGE).read_bytes()
     (folder / STAGE).write_bytes(whole[: len(whole) // 2])
@@ -349,9 +440,10 @@ def test_files_that_are_no_part_of_the_model(tmp_path):
     save_file({"conv.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="no part of TinyGPT-V .it begins with conv.weight"):
         open_weights(tmp_path / "a.safetensors")
-    torch.save([torch.ones(1)], tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="a.pth is not a table of tensors"):
-        open_weights(tmp_path / "a.pth")
+    for content in ([torch.ones(1)], {0: torch.ones(1)}, {"a": 1}):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match="a.pth .* is not a table of tensors"):
+            open_weights(tmp_path / "a.pth")
 
 
 def change(path, edit):
@@ -392,6 +484,14 @@ LORA = "llama_model.base_model.model.model.layers.0.self_attn.query_key_value.lo
      r"g.pth: blocks.0.norm1.weight has shape \(3,\), the model needs \(24,\)"),
     (STAGE, put("llama_proj.bias", torch.ones(1, 28)),
      r"Stage4.pth: llama_proj.bias has shape \(1, 28\), the model needs \(28,\)"),
+    (STAGE, put(LORA, torch.ones(3, 2)), r"Stage4.pth: shapes that do not fit .*B.weight \(3, 2\)"),
+    (f"{PHI}/{SHARD}", put("model.layers.0.self_attn.v_proj.weight", torch.ones(3, 4)),
+     r"safetensors: shapes that do not fit .*v_proj.weight \(3, 4\)"),
+    (f"{PHI}/model-00002-of-00002.safetensors",
+     put("model.layers.0.self_attn.v_proj.bias", torch.ones(3)),
+     r"safetensors: .*v_proj.bias.* has shape \(27,\), the model needs \(36,\)"),
+    (STAGE, put("llama_proj.bias", torch.ones(28, dtype=torch.int8)),
+     "Stage4.pth: llama_proj.bias holds torch.int8, not floating-point numbers"),
     (EVA, spoil("pos_embed", float("nan")), "g.pth: pos_embed holds NaN or infinity"),
     (QFORMER, spoil("query_tokens", float("inf")), "xxl.pth: query_tokens holds NaN or inf"),
     (STAGE, spoil("llama_proj.weight", -float("inf")), "Stage4.pth: llama_proj.weight holds NaN"),
@@ -430,10 +530,47 @@ def test_the_same_tensor_twice_is_not_a_choice(case, folder):
         load_small(case, folder)
 
 
-def test_another_layout_of_phi_2_mixed_in_is_refused(case, folder):
-    save_phi(phi_file(case, "fused"), folder / PHI, ("bin", 1))
-    with pytest.raises(ValueError, match="both hold"):
+@pytest.mark.parametrize("layout", ["fused", "microsoft"])
+def test_another_layout_of_phi_2_mixed_in_is_refused(case, folder, layout):
+    (folder / "phi-2_old").mkdir()
+    save_phi(phi_file(case, layout), folder / "phi-2_old", ("bin", 1))
+    with pytest.raises(ValueError, match="both hold .*; move one of them elsewhere"):
         load_small(case, folder)
+
+
+def test_numbers_that_half_precision_can_not_hold(case, folder):
+    change(folder / STAGE, spoil("llama_proj.weight", 1e5))
+    assert load_small(case, folder, dtype=torch.float16).projector.fc1.weight.max() == 1e5
+    change(folder / QFORMER, spoil("Qformer.bert.encoder.layer.0.output_query.dense.weight", 1e5))
+    with pytest.raises(ValueError, match="dense.weight holds numbers too large for torch.float16"):
+        load_small(case, folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("file, text, reason", [
+    ("model.safetensors.index.json", "version https://git-lfs", "is not a JSON table; fetch"),
+    ("config.json", "<html>", r"config.json \(6 bytes\) is not a JSON table; fetch it again"),
+    ("config.json", '{"partial_rotary_factor": null}', "partial_rotary_factor is None, not above"),
+])  # fmt: skip
+def test_damaged_json_is_named(folder, file, text, reason):
+    (folder / PHI / file).write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_official(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_pages_of_a_file_are_given_back(tmp_path):
+    def resident_mb():
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+    torch.save({"llama_proj.weight": torch.ones(50, 2**18)}, tmp_path / "a.pth")
+    file = open_weights(tmp_path / "a.pth")
+    before = resident_mb()
+    assert file.tensors["llama_proj.weight"].sum() == 50 * 2**18
+    read = resident_mb()
+    file.let_go()
+    assert read > before + 40 and resident_mb() < before + 10
+    assert file.tensors["llama_proj.weight"].sum() == 50 * 2**18
 
 
 # ---- from the command line ----
@@ -441,7 +578,7 @@ def test_another_layout_of_phi_2_mixed_in_is_refused(case, folder):
 
 def test_the_command_line_reports_once_and_answers(case, folder, golden, monkeypatch, capsys):
     config = full_config(case, 4)
-    monkeypatch.setattr(load, "full_config", lambda parts, checkpoint: config)
+    monkeypatch.setattr(load, "full_config", lambda *_: config)
     image = next((golden / "images").glob("*.png"))
     arguments = ["--weights", str(folder), "--img", str(image), "--max-new-tokens", "3"]
     assert generate.main(arguments) == 0
@@ -461,7 +598,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(folder, golden, capsys)
 
 def test_from_pretrained_knows_a_folder_of_official_files(case, folder, monkeypatch):
     config = full_config(case, 4)
-    monkeypatch.setattr(load, "full_config", lambda parts, checkpoint: config)
+    monkeypatch.setattr(load, "full_config", lambda *_: config)
     model = TinyGPTV.from_pretrained(folder)
     assert model.phi.lm_head.weight.dtype == torch.bfloat16
     assert len(model.tokenizer) == 50295 and isinstance(model.config, ModelConfig)

@@ -121,10 +121,13 @@ def test_missing_weights_and_data_are_one_line(tmp_path, capsys: pytest.CaptureF
     assert "none" in lines[0] and "none.jsonl" in lines[1] and len(lines) == 2
 
 
-def test_a_short_run_from_the_shipped_backbones(tmp_path, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_short_run_from_the_shipped_backbones(bf16, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "has_bf16", lambda device: bf16)
     arguments = ["stage=1", "steps=2", "batch_size=4", "num_workers=0", f"out={tmp_path}"]
     assert train.main(arguments) == 0
-    assert "ln(vocabulary)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "ln(vocabulary)" in told and f"products in {'bf16' if bf16 else 'fp32'}" in told
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     keys = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_gb"}
