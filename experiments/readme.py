@@ -83,6 +83,23 @@ def score_table() -> str:
     return "\n".join(lines)
 
 
+def size_table() -> str:
+    """The model of the official size: loading, memory and speed."""
+    lines = [
+        "| weights in | picture | read the files | load, cold | load, warm | first token "
+        "| tokens/s | model | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in result("official_sized")["runs"]:
+        lines.append(
+            f"| {run['dtype']} | {run['image_size']} px | {run['read_seconds_cold']} s "
+            f"| {run['load_seconds_cold']} s | {run['load_seconds_warm']} s "
+            f"| {run['first_token_seconds']} s | {run['tokens_per_second']} "
+            f"| {run['model_gb']} GB | {run['peak_gb']} GB |"
+        )
+    return "\n".join(lines)
+
+
 def described() -> str:
     """What the first command prints."""
     command = [sys.executable, "generate.py", "--img", "assets/shapes.png"]
@@ -103,6 +120,7 @@ def main() -> None:
     text = path.read_text("utf-8")
     text = put(text, "describe", described())
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
+    text = put(text, "size", size_table())
     path.write_text(text, "utf-8")
 
 

@@ -71,6 +71,15 @@ def test_a_whole_file_gets_its_name_and_is_not_fetched_twice(file, tmp_path):
     assert Server.asked == [None]
 
 
+def test_a_bit_that_flipped_later_is_found_by_the_hash(file, tmp_path):
+    good = file("good", sha256_prefix=hashlib.sha256(CONTENT).hexdigest()[:8])
+    fetch.fetch(good, tmp_path)
+    flipped = bytes([CONTENT[0] ^ 1]) + CONTENT[1:]
+    (tmp_path / "folder" / "good").write_bytes(flipped)
+    with pytest.raises(ValueError, match="has the hash .*delete it, .* and fetch it again"):
+        fetch.fetch(good, tmp_path)
+
+
 def test_a_broken_download_goes_on_where_it_stopped(file, tmp_path):
     assert fetch.fetch(file("breaks"), tmp_path)
     assert Server.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]

@@ -1,0 +1,209 @@
+"""Loads and runs a model of the official size, on random weights in the official files' forms.
+
+    python experiments/official_sized.py                    writes about 9 GB to a temporary folder
+    python experiments/official_sized.py folder=DIR         ... or to DIR, where they stay
+    python experiments/official_sized.py dtypes=bf16,fp32
+
+The names, shapes, types and containers are those that tests/golden/manifests tells. Each figure
+comes from generate.py in a process of its own: the load, with the import of torch, ends when it
+prints its report; the speed is that of the tokens after the first. Cold means right after the
+files were put out of the system's cache. For comparison the same files are read from end to end,
+though the loader passes over some of it: the optimizer's state and EVA's last block.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generate import DTYPES
+from lora import LORA_PRESETS
+from model import ModelConfig, TinyGPTV, set_dtype
+from train import key_values
+
+GOLDEN = ROOT / "tests" / "golden"
+RESULT = ROOT / "experiments" / "results" / "official_sized.json"
+FIRST_SHARD = 4_995_584_848  # bytes of the first of Phi-2's two files
+NEW_TOKENS = 33
+
+
+@dataclass
+class Config:
+    folder: str = ""  # where the files are, or are to be written; default: temporary
+    dtypes: str = "bf16,fp32"
+
+
+# ---- files ----
+
+
+def random_tensors(name: str) -> dict[str, Tensor]:
+    """The tensors of one manifest: norms near one, all else near zero."""
+    manifest = json.loads((GOLDEN / "manifests" / f"{name}.json").read_text("utf-8"))
+    if "keys_same_as" in manifest:
+        return random_tensors(manifest["keys_same_as"].removesuffix(".json"))
+    tensors = {}
+    for key, (shape, dtype) in manifest["keys"].items():
+        dtype = getattr(torch, dtype)
+        if not dtype.is_floating_point:
+            tensors[key] = torch.arange(torch.Size(shape).numel(), dtype=dtype).view(shape)
+            continue
+        tensor = torch.empty(shape).normal_(std=0.02)
+        is_norm = re.search(r"(norm|norm\d|LayerNorm|ln_vision)\.weight$", key)
+        tensors[key] = (tensor + 1 if is_norm else tensor).to(dtype)
+    return tensors
+
+
+def write_files(final: Path) -> None:
+    """A folder as official/fetch.py fills it; it has its name only when it is complete."""
+    torch.manual_seed(0)
+    folder = final.with_name(final.name + ".part")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "phi-2").mkdir(parents=True)
+    for file in ("vocab.json", "merges.txt", "added_tokens.json"):
+        shutil.copy(GOLDEN / "tokenizer_files" / file, folder / "phi-2")
+    torch.save(random_tensors("eva_vit_g.pth"), folder / "eva_vit_g.pth")
+    blip2 = "blip2_pretrained_flant5xxl.pth"
+    torch.save({"model": random_tensors(blip2)}, folder / blip2)
+    for stage in (3, 4):
+        name = f"TinyGPT-V_for_Stage{stage}.pth"
+        tensors = random_tensors(name)
+        moments = {i: {"exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)}
+                   for i, t in enumerate(tensors.values())}  # fmt: skip
+        optimizer = {"state": moments, "param_groups": []}
+        torch.save({"model": tensors, "optimizer": optimizer, "epoch": 0}, folder / name)
+    write_phi(random_tensors("phi2_split_qkv"), folder / "phi-2")
+    folder.rename(final)
+
+
+def write_phi(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Two safetensors files, the first as large as Phi-2's first, and their index."""
+    shards: list[dict[str, Tensor]] = [{}, {}]
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        shards[size > FIRST_SHARD][name] = tensor
+    files = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for file, shard in zip(files, shards):
+        save_file(shard, folder / file)
+    weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def read_seconds(files: list[Path], cold: bool) -> float:
+    """How long it takes to read the files and do nothing else."""
+    if cold:
+        forget(files)
+    began = time.time()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    return time.time() - began
+
+
+def forget(files: list[Path]) -> None:
+    """Puts the files out of the system's cache."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# ---- one run of generate.py ----
+
+
+def run(folder: Path, stage: int, dtype: str, new_tokens: int) -> dict[str, float]:
+    """Seconds until the weights are loaded and until the end, and the peak of memory in bytes."""
+    command = [
+        sys.executable, "generate.py", "--weights", str(folder), "--stage", str(stage), "--dtype",
+        dtype, "--max-new-tokens", str(new_tokens), "--img", "assets/shapes.png",
+    ]  # fmt: skip
+    began = time.time()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    loaded, told = 0.0, ""
+    for line in process.stderr:
+        told += line
+        if "every one accounted for" in line:
+            loaded = time.time() - began
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0 or f"cut after {new_tokens} tokens" not in told:
+        raise RuntimeError(f"{' '.join(command)} did not write {new_tokens} tokens:\n{told}")
+    return {"load": loaded, "all": time.time() - began, "peak": usage.ru_maxrss * 1024}
+
+
+def resident_bytes(dtype: str) -> int:
+    """What the loaded model itself takes."""
+    config = ModelConfig.preset("full", stage=4)
+    config.lora = LORA_PRESETS["full"]
+    with torch.device("meta"):
+        model = TinyGPTV(config)
+    set_dtype(model, DTYPES[dtype])
+    return sum(p.nbytes for p in model.parameters())
+
+
+def measure(folder: Path, dtype: str, stage: int) -> dict:
+    """One row of the table: a dtype and a stage, which says how large the picture is."""
+    other = f"Stage{7 - stage}"  # the checkpoint that is not read
+    files = [path for path in folder.rglob("*.*") if other not in path.name]
+    read = read_seconds(files, cold=True), read_seconds(files, cold=False)
+    forget(files)
+    cold = run(folder, stage, dtype, 1)
+    warm = run(folder, stage, dtype, 1)
+    long = run(folder, stage, dtype, NEW_TOKENS)
+    decoding = (long["all"] - long["load"]) - (warm["all"] - warm["load"])
+    resident = resident_bytes(dtype)
+    return {
+        "dtype": dtype, "image_size": 448 if stage == 4 else 224,
+        "files_gb": round(sum(path.stat().st_size for path in files) / 1e9, 2),
+        "read_seconds_cold": round(read[0], 1), "load_seconds_cold": round(cold["load"], 1),
+        "read_seconds_warm": round(read[1], 1), "load_seconds_warm": round(warm["load"], 1),
+        "first_token_seconds": round(warm["all"] - warm["load"], 1),
+        "tokens_per_second": round((NEW_TOKENS - 1) / decoding, 2),
+        "model_gb": round(resident / 1e9, 2), "peak_gb": round(long["peak"] / 1e9, 2),
+        "peak_over_model": round(long["peak"] / resident, 3),
+    }  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config = Config(**key_values(arguments, Config))
+        dtypes = config.dtypes.split(",")
+        if unknown := set(dtypes) - set(DTYPES):
+            raise ValueError(f"dtypes={config.dtypes}: {unknown.pop()} is not in {list(DTYPES)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="official_sized_") as temporary:
+        folder = Path(config.folder or f"{temporary}/files")
+        if not folder.exists():  # by another process, whose memory is not counted
+            writer = multiprocessing.get_context("spawn").Process(target=write_files, args=[folder])
+            writer.start()
+            writer.join()
+        result = {
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "runs": [measure(folder, dtype, stage) for dtype in dtypes for stage in (3, 4)],
+        }  # fmt: skip
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
