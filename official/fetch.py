@@ -1,8 +1,9 @@
 """Downloads the official weight files: python official/fetch.py --out DIR
 
-    python official/fetch.py                       what there is, how large, under which licence
-    python official/fetch.py --out DIR             all that stage 4 answers with
-    python official/fetch.py --out DIR --stage 2   what a model of stage 2 needs
+    python official/fetch.py                           what there is, how large, which licence
+    python official/fetch.py --out DIR                 all that stage 4 answers with
+    python official/fetch.py --out DIR --stage 2       what a model of stage 2 needs
+    python official/fetch.py --out DIR --vision clip   with CLIP's ViT in the place of EVA's
 
 A broken download goes on where it stopped. A file gets its name only when it is whole: as long as
 the server and files.json say, with the hash that files.json knows, and not an error page.
@@ -30,9 +31,9 @@ NOT_WEIGHTS = {
 }
 
 
-def needed(files: list[dict], stage: int) -> list[dict]:
-    """The files that a model of this stage is made of."""
-    return [file for file in files if stage in file["stages"]]
+def needed(files: list[dict], stage: int, vision: str) -> list[dict]:
+    """The files that a model of this stage with this ViT is made of."""
+    return [file for file in files if stage in file["stages"] and file["vision"] in (vision, "any")]
 
 
 def describe(files: list[dict]) -> str:
@@ -40,7 +41,8 @@ def describe(files: list[dict]) -> str:
     for file in files:
         size = f"{file['bytes'] / 1e6:,.1f} MB" if file["bytes"] else "size unknown"
         stages = ", ".join(map(str, file["stages"]))
-        lines += [f"{file['path']}  ({size}; stages {stages}): {file['what']}",
+        only = "" if file["vision"] == "any" else f"; only with --vision {file['vision']}"
+        lines += [f"{file['path']}  ({size}; stages {stages}{only}): {file['what']}",
                   f"    {file['url']}", f"    licence: {file['license']}"]  # fmt: skip
     return "\n".join(lines)
 
@@ -144,13 +146,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Download the official weight files.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="without it: say what there is")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=4)
+    parser.add_argument("--vision", choices=("eva", "clip"), default="eva")
     given = parser.parse_args(arguments)
     files = json.loads(FILES.read_text("utf-8"))
     if given.out is None:
         print(describe(files))
         return 0
     try:
-        for file in needed(files, given.stage):
+        for file in needed(files, given.stage, given.vision):
             print(f"{file['path']}: {'fetched' if fetch(file, given.out) else 'already there'}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -129,14 +129,18 @@ def test_the_list_names_every_file_and_a_stage_needs_its_own(capsys):
     assert fetch.main([]) == 0
     listed = capsys.readouterr().out
     assert all(file["path"] in listed and file["url"] in listed for file in files)
-    names = [file["path"] for file in fetch.needed(files, 2)]
-    assert [name for name in names if "Stage" in name] == ["TinyGPT-V_for_Stage2.pth"]
-    assert {"eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "phi-2/vocab.json"} <= set(names)
+    eva, clip = ({file["path"] for file in fetch.needed(files, 2, vision)}
+                 for vision in ("eva", "clip"))  # fmt: skip
+    assert [name for name in eva if "Stage" in name] == ["TinyGPT-V_for_Stage2.pth"]
+    assert eva - clip == {"eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"}
+    assert clip - eva == {"clip_vit_L.pth", "blip2_pretrained_vitL.pth"}
+    assert "phi-2/vocab.json" in eva
 
 
 def test_the_command_line(file, tmp_path, monkeypatch, capsys):
     listed = tmp_path / "files.json"
-    listed.write_text(json.dumps([file("good", stages=[4]), file("missing", stages=[1])]))
+    listed.write_text(json.dumps([file("good", stages=[4], vision="any"),
+                                  file("missing", stages=[1], vision="eva")]))
     monkeypatch.setattr(fetch, "FILES", listed)
     assert fetch.main(["--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "folder/good: fetched\n"
