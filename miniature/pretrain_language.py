@@ -51,8 +51,8 @@ SLOT_NAMES = (*world.ATTRIBUTES, "x1", "y1", "x2", "y2")
 NAMED = {value: (name, value) for name, values in world.ATTRIBUTES.items() for value in values}
 NAMED |= {world.noun({"shape": shape}, plural=True): ("shape", shape) for shape in world.SHAPES}
 NAMED |= {"object": ("", ""), "objects": ("", "")}
-LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8
-PAIRS = len(world.ATTRIBUTES) + 2
+LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8  # how many things `looks` tells
+PAIRS = len(world.ATTRIBUTES) + 2  # and `pairs`
 ROUGHLY = 2  # hundredths of the picture
 ROW_TOKENS = 210  # rows of similar length waste little on padding
 
