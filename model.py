@@ -388,6 +388,11 @@ class TinyGPTV(nn.Module):
         """Side of the pictures in pixels: stage 4 doubles the resolution."""
         return self.config.vision.image_size * (2 if self.stage == 4 else 1)
 
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all that the stages train, and what is `carried`."""
+        return {name: p.detach().contiguous() for name, p in self.named_parameters()
+                if is_trainable(name) or name in self.carried}  # fmt: skip
+
     def encode_images(self, pixel_values: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """(num_images, 3, S, S) -> (num_images, num_queries, hidden_size of Phi)."""
         return self.projector(self.qformer(self.visual_encoder(pixel_values), maps))
@@ -547,13 +552,11 @@ def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
-    """Writes config.json and model.safetensors, the trainable tensors only, each first to a
-    temporary file, so that a crash never leaves half of one. The frozen tensors stay where they
-    are, in `model.backbones`, to which config.json points."""
+    """Writes config.json and model.safetensors, each first to a temporary file, so that a crash
+    never leaves half of one. The frozen tensors of the backbones stay where they are, in
+    `model.backbones`, to which config.json points."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: p.detach().contiguous() for n, p in model.named_parameters()
-             if p.requires_grad or n in model.carried}  # fmt: skip
-    save_file(state, folder / "model.safetensors.tmp")
+    save_file(model.checkpoint_tensors(), folder / "model.safetensors.tmp")
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
     description = asdict(model.config) | {"backbones": os.path.relpath(model.backbones, folder)}
     text = json.dumps(description, indent=2)

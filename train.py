@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import RecordDataset, collate, read_records
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import TinyGPTV, is_trainable, save_checkpoint
+from model import TinyGPTV, autocast, half_dtype, is_trainable, save_checkpoint
 
 
 @dataclass
@@ -214,8 +214,7 @@ def train(config: TrainConfig) -> None:
         for step in bar:
             lr = learning_rate(schedule, epoch, step)
             batch = log.wait_for(stream)
-            batch_there = to_device(batch, config.device)
-            loss, grad_norm = train_step(model, optimizer, batch_there, lr, bf16)
+            loss, grad_norm = train_step(model, optimizer, to_device(batch, config.device), lr)
             log.write(bar, batch, loss=loss, lr=lr, grad_norm=grad_norm)
         save_checkpoint(model, out)
     print(log.closing_words())
@@ -225,18 +224,18 @@ def train(config: TrainConfig) -> None:
 def has_bf16(device: str) -> bool:
     """Whether the device multiplies bf16 in hardware, about twice as fast as fp32."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return half_dtype(device) == torch.bfloat16
     return device == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def train_step(
-    model: TinyGPTV, optimizer: torch.optim.Optimizer, batch: dict, lr: float, bf16: bool = False
+    model: TinyGPTV, optimizer: torch.optim.Optimizer, batch: dict, lr: float
 ) -> tuple[float, float]:
-    """One step of AdamW; returns the loss before it and the norm of the gradient. bf16: products
-    in bf16; what is trained, its gradients and the norms stay fp32."""
+    """One step of AdamW; returns the loss before it and the norm of the gradient. Products are in
+    the frozen weights' precision; what is trained, its gradients and the norms are fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+    with autocast(model.phi):
         loss = model(**batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

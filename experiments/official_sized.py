@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from generate import DTYPES
-from lora import LORA_PRESETS
 from model import ModelConfig, TinyGPTV, set_dtype
 from train import key_values
 
@@ -150,10 +149,8 @@ def run(folder: Path, stage: int, dtype: str, new_tokens: int) -> dict[str, floa
 
 def resident_bytes(dtype: str) -> int:
     """What the loaded model itself takes."""
-    config = ModelConfig.preset("full", stage=4)
-    config.lora = LORA_PRESETS["full"]
     with torch.device("meta"):
-        model = TinyGPTV(config)
+        model = TinyGPTV(ModelConfig.preset("full", stage=4))
     set_dtype(model, DTYPES[dtype])
     return sum(p.nbytes for p in model.parameters())
 

@@ -14,17 +14,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import TinyGPTV, is_trainable
+from model import TinyGPTV
 from official.weights import to_official
 
 BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Former's unused half
 
 
 def export_checkpoint(model: TinyGPTV, path: Path) -> int:
-    """Writes all that the stages train, and what else the model has from its checkpoint; returns
-    how many tensors that were."""
-    state = {name: p.detach() for name, p in model.named_parameters()
-             if is_trainable(name) or name in model.carried}  # fmt: skip
+    """Writes the model's checkpoint tensors; returns how many they are."""
+    state = model.checkpoint_tensors()
     tensors = {n: t.cpu().contiguous() for n, t in to_official(state, model.config).items()}
     tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(BERT_POSITIONS)[None]
     part = path.with_name(path.name + ".part")

@@ -116,10 +116,9 @@ def check(path: Path, file: dict, total: int) -> None:
     """Raises ValueError unless the file can be the one that files.json describes."""
     size, name = path.stat().st_size, file["path"]
     with open(path, "rb") as opened:
-        beginning = opened.read(64).lstrip()
-    for start, kind in NOT_WEIGHTS.items():
-        if beginning.startswith(start):
-            raise ValueError(f"{name}: {file['url']} sent {kind} of {size} bytes, not the file")
+        kind = not_weights(opened.read(64))
+    if kind:
+        raise ValueError(f"{name}: {file['url']} sent {kind} of {size} bytes, not the file")
     if size != (file["bytes"] or total):
         raise ValueError(
             f"{name} has {size:,} bytes, and should have {file['bytes'] or total:,}; "
@@ -132,6 +131,12 @@ def check(path: Path, file: dict, total: int) -> None:
                 f"{name} has the hash {found}, and should have {file['sha256_prefix']}...; "
                 f"delete it, if it is there, and fetch it again"
             )
+
+
+def not_weights(beginning: bytes) -> str | None:
+    """What a file is instead of weights, by its first bytes."""
+    kinds = (kind for start, kind in NOT_WEIGHTS.items() if beginning.lstrip().startswith(start))
+    return next(kinds, None)
 
 
 def sha256(path: Path) -> str:

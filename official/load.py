@@ -36,7 +36,7 @@ from model import (
     new_projector,
     set_dtype,
 )
-from official.fetch import NOT_WEIGHTS
+from official.fetch import not_weights
 from official.weights import (
     clip_from_official,
     eva_from_official,
@@ -90,9 +90,8 @@ def open_weights(path: Path) -> WeightFile:
     with open(path, "rb") as file:
         head = file.read(64)
     is_safetensors = head[8:9] == b"{"  # a JSON table after eight bytes with its length
-    for start, kind in NOT_WEIGHTS.items():
-        if head.lstrip().startswith(start) and not is_safetensors:
-            raise ValueError(f"{described} is {kind}, not weights; {AGAIN}")
+    if not is_safetensors and (kind := not_weights(head)):
+        raise ValueError(f"{described} is {kind}, not weights; {AGAIN}")
     try:
         if head.startswith((b"PK", b"\x80")) and not is_safetensors:
             is_zip = head.startswith(b"PK")  # the container since torch 1.6
@@ -296,11 +295,11 @@ class Filling:
         checkpoint the projection. Returns the names. Raises ValueError if anything else is missing.
         """
         missing = [name for name in self.expected if name not in self.state]
-        projector = new_projector(self.model.config.projector)
+        projector = {} if checkpoint else new_projector(self.model.config.projector)
         for name in missing:
             if re.fullmatch(NEW_NORM, name) and (name.endswith("bias") or not checkpoint):
                 value = new_norm(name, self.expected[name])
-            elif name.startswith("projector.") and not checkpoint:
+            elif name in projector:
                 value = projector[name]
             else:
                 shape = tuple(self.expected[name].shape)
@@ -367,11 +366,8 @@ def load_official(
     with torch.device("meta"):
         model = TinyGPTV(config or full_config(parts, checkpoint, stage))
     set_dtype(model, dtype or half_dtype(device))
-    model.tokenizer = read_tokenizer(parts)  # before the long part, should it be missing
     model.backbones = Path(directory)
-    filling = Filling(model, device)
-    for files in parts.values():
-        filling.add(files)
+    filling = fill_backbones(model, parts, device)
     if checkpoint:
         filling.add([checkpoint])
         filling.check_trained(checkpoint)
@@ -390,10 +386,7 @@ def read_backbones(model: TinyGPTV, folder: Path, device: str) -> dict[str, Tens
     checkpoint that was trained here on top of them. Sets the model's tokenizer."""
     parts = find_parts(folder)
     parts.pop(CHECKPOINT, None)
-    model.tokenizer = read_tokenizer(parts)
-    filling = Filling(model, device)
-    for files in parts.values():
-        filling.add(files)
+    filling = fill_backbones(model, parts, device)
     lines = [filling.report(file) for files in parts.values() for file in files]
     model.load_report = "\n".join(lines)
     names = [name for name in filling.expected if re.fullmatch(NEW_NORM, name)]
@@ -401,8 +394,15 @@ def read_backbones(model: TinyGPTV, folder: Path, device: str) -> dict[str, Tens
     return new | filling.state
 
 
-def read_tokenizer(parts: dict[str, list[WeightFile]]) -> Tokenizer:
-    return Tokenizer(parts[PHI][0].path.parent)
+def fill_backbones(
+    model: TinyGPTV, parts: dict[str, list[WeightFile]], device: str
+) -> Filling:
+    """All but the checkpoint, and the tokenizer, which lies beside Phi-2."""
+    model.tokenizer = Tokenizer(parts[PHI][0].path.parent)  # first: it may be missing
+    filling = Filling(model, device)
+    for files in parts.values():
+        filling.add(files)
+    return filling
 
 
 def closing_lines(model: TinyGPTV, begun: int, checkpoint: WeightFile | None) -> list[str]:
