@@ -91,6 +91,8 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path):
         folder = Path(directory)
+        names = ("vocab.json", "merges.txt", "added_tokens.json")
+        self.files = [folder / name for name in names if (folder / name).exists()]
         try:
             vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
             merges = (folder / "merges.txt").read_text("utf-8").splitlines()
@@ -355,22 +357,30 @@ def make_sample(
         raise ValueError(f"stage {stage} trains on captions; task {task} needs stage 3 or 4")
     if stage <= 2:
         return [(user_turn("", stage, image), caption_text(record["caption"]))]
-    if task == "chat":
-        turns = [(instruction(task, question), answer) for question, answer in record["turns"]]
-    elif task == "instruct":
-        turns = [(instruction(task, record["prompt"]), record["answer"])]
-    elif task == "vqa":
-        answer = caption_text(rng.choice(record["answers"]))
-        turns = [(instruction(task, caption_text(record["question"]), rng), answer)]
-    elif task in ("refer", "identify", "detection"):
-        boxes, phrase = [format_box(box, *size) for box in record["boxes"]], record["phrase"]
-        turns = [_box_question(task, phrase, "<delim>".join(boxes), rng)]
-    elif task == "caption" and stage == 4:
-        turns = [(instruction(task, rng=rng), caption_text(record["caption"]))]
-    else:  # stage 3 knows one kind of description only
-        asked = instruction("detail" if task == "caption" else task, rng=rng)
-        turns = [(asked, record["caption"])]
+    turns = plain_turns(record, stage, rng, size)
     return [(user_turn(q, stage, image, n == 0), a) for n, (q, a) in enumerate(turns)]
+
+
+def plain_turns(
+    record: dict, stage: int, rng: random.Random, size: tuple[int, int] | None = None
+) -> Turns:
+    """Questions and answers of `make_sample`, tagged, but not yet in the stage's template."""
+    task = record["task"]
+    if task == "chat":
+        return [(instruction(task, question), answer) for question, answer in record["turns"]]
+    if task == "instruct":
+        return [(instruction(task, record["prompt"]), record["answer"])]
+    if task == "vqa":
+        answer = caption_text(rng.choice(record["answers"]))
+        return [(instruction(task, caption_text(record["question"]), rng), answer)]
+    if task in ("refer", "identify", "detection"):
+        boxes, phrase = [format_box(box, *size) for box in record["boxes"]], record["phrase"]
+        return [_box_question(task, phrase, "<delim>".join(boxes), rng)]
+    if task == "caption" and stage == 4:
+        return [(instruction(task, rng=rng), caption_text(record["caption"]))]
+    # stage 3 knows one kind of description only
+    asked = instruction("detail" if task == "caption" else task, rng=rng)
+    return [(asked, record["caption"])]
 
 
 def _box_question(task: str, phrase: str, boxes: str, rng: random.Random) -> tuple[str, str]:

@@ -78,7 +78,7 @@ SCHEDULES = {
         1: Schedule(1, 1, 300, 32, 50, 1e-5, 2e-3, 1e-4),
         2: Schedule(1, 1, 200, 32, 30, 1e-5, 1e-3, 1e-4),
         3: Schedule(1, 1, 200, 32, 30, 1e-5, 1e-3, 1e-4),
-        4: Schedule(1, 1, 700, 32, 50, 1e-5, 2e-3, 5e-5),
+        4: Schedule(1, 1, 750, 16, 50, 1e-5, 2e-3, 5e-5),
     },
 }
 
@@ -193,6 +193,8 @@ def train(config: TrainConfig) -> None:
     bf16 = has_bf16(config.device)
     dtype = torch.bfloat16 if bf16 else torch.float32  # of what stays frozen
     model = TinyGPTV.from_pretrained(config.weights, config.stage - 1, config.device, dtype)
+    if model.config.int8:
+        raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     model.to(config.device).train()  # to the device again: LoRA is new
@@ -235,7 +237,7 @@ def train_step(
     the frozen weights' precision; what is trained, its gradients and the norms are fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with autocast(model.phi):
+    with autocast(model.phi.lm_head.weight):
         loss = model(**batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from data import (
     IGNORE,
-    IMAGE_PLACEHOLDER,
     STAGES,
     Tokenizer,
     collate,
     encode_sample,
     make_sample,
+    plain_turns,
     user_turn,
 )
 from miniature import world
@@ -74,14 +74,13 @@ def scene_turns(
         if task == ANY_ORDER:
             objects = tuple(rng.sample(scene.objects, len(scene.objects)))
             answer = world.grounding_record(replace(scene, objects=objects))["caption"]
-            prompt = user_turn(ANY_ORDER, 4, image=True)
+            question = ANY_ORDER
         else:
             record = record_of(scene, rng, task) or record_of(scene, rng, "vqa")
-            [(prompt, answer)] = make_sample(record, 4, rng, (100, 100))
+            [(question, answer)] = plain_turns(record, 4, rng, (100, 100))
             if task == "identify":
-                prompt = blurred_box(prompt, rng, roughly)
-        seen = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
-        turns.append((prompt.replace(seen, "") if turns else prompt, answer))
+                question = blurred_box(question, rng, roughly)
+        turns.append((user_turn(question, 4, image=True, first=not turns), answer))
     return turns
 
 

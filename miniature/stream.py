@@ -4,7 +4,7 @@ import random
 
 from torch.utils.data import Dataset
 
-from data import Tokenizer, encode_record
+from data import Tokenizer, encode_record, plain_turns
 from miniature import world
 
 # How often each kind of record is drawn, as the official mixtures say it of their datasets.
@@ -12,8 +12,14 @@ RATIOS = {
     1: {"caption": 1},
     2: {"caption": 1},
     3: {"detail": 1},
-    4: {"vqa": 40, "refer": 15, "identify": 10, "detection": 10, "grounding": 10, "caption": 15},
-}
+    4: {"chat": 56, "vqa": 4, "refer": 8, "identify": 4, "detection": 8, "grounding": 6,
+        "caption": 14},
+}  # fmt: skip
+# What the turns of a conversation are about, and how often. The official mixture has conversations
+# of many tasks, too; here they are most of it, because to encode a picture costs more than a
+# further question about it.
+TURNS = {"vqa": 5, "compare": 4, "identify": 4, "count": 2, "where": 1}
+NUM_TURNS = 6
 FIRST_SEED = 2 * 10**8  # far from the scenes of pre-training
 SEEDS_PER_TASK = 10**7
 
@@ -27,15 +33,31 @@ class WorldDataset(Dataset):
     ):  # fmt: skip
         self.task, self.stage, self.seed = task, stage, seed
         self.encoding = (stage, tokenizer, image_size, num_queries)
-        number = 10 * stage + world.TASKS.index(task)
+        number = 10 * stage + (*world.TASKS, "chat").index(task)
         self.first = FIRST_SEED + number * SEEDS_PER_TASK
 
     def __getitem__(self, position: int) -> dict:
         scene = world.sample_scene(self.first + position, "train")
         rng = random.Random(f"{self.seed} {self.task} {self.stage} {position}")
         size = self.encoding[2]
-        record = world.sample_record(scene, rng, self.task, size)
+        if self.task == "chat":
+            record = conversation(scene, rng, size)
+        else:
+            record = world.sample_record(scene, rng, self.task, size)
         return encode_record(record, world.render(scene, size), rng, *self.encoding)
+
+
+def conversation(scene: world.Scene, rng: random.Random, size: int) -> dict:
+    """A record of NUM_TURNS questions about one scene, each with the tag of its task."""
+    turns = []
+    for task in rng.choices(list(TURNS), list(TURNS.values()), k=NUM_TURNS):
+        if task in world.VQA_KINDS:  # not every kind can be asked of every scene
+            record = world.vqa_record(scene, rng, task)
+        else:
+            record = world.sample_record(scene, rng, task, size)
+        record = record or world.sample_record(scene, rng, "vqa", size)
+        turns += map(list, plain_turns(record, 4, rng, (size, size)))
+    return {"task": "chat", "turns": turns}
 
 
 def world_mixture(

@@ -8,6 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from data import caption_text, parse_boxes, validate_record
+from miniature import stream
 from miniature.world import (ATTRIBUTES, COLORS, FILLS, HELD_OUT, SHAPES, SIZES, TASKS,
                              VQA_KINDS, ZONES, inventory, noun, records, render, sample_record,
                              sample_scene, signature, vqa_record)
@@ -214,6 +216,27 @@ def test_every_answer_is_right_and_no_question_gives_it_away():
                     subject = record["question"].split(" is ")[-1] if kind in ("color", "shape") \
                         else record["question"].split(" or ")[0].rsplit(" ", 1)[0]
                     assert answer not in subject.split(), record
+
+
+def test_conversations_are_tagged_questions_with_right_answers():
+    asked = set()
+    for seed, scene in enumerate(SCENES["train"][:150]):
+        record = stream.conversation(scene, random.Random(seed), 112)
+        validate_record(record, "here")
+        assert len(record["turns"]) == stream.NUM_TURNS
+        for question, answer in record["turns"]:
+            tag, question = re.fullmatch(r"\[(\w+)\] (.+)", question).groups()
+            asked.add(tag)
+            if tag == "vqa":
+                question = question.split("short answer: ")[-1]
+                assert answer == caption_text(expected_answer(scene, question))
+            else:
+                [(x1, y1, x2, y2)], _ = parse_boxes(question)
+                (obj,) = fitting(scene, answer)
+                assert np.allclose([x1, y1, x2, y2], 100 * np.array(obj.box), atol=1.01)
+    assert asked == {"vqa", "identify"}
+    repeated = [stream.conversation(SCENES["train"][0], random.Random(7), 112) for _ in range(2)]
+    assert repeated[0] == repeated[1]
 
 
 def test_answers_are_balanced():
