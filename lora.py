@@ -15,6 +15,7 @@ pre-trained one ended. Afterwards the detour can be folded into W and costs noth
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +57,35 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The plain linear layer with W + (alpha / r) B A in place of W."""
-        delta = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        weight = merge(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
+        linear.weight = nn.Parameter(weight.to(self.weight.dtype))
         linear.bias = self.bias
         return linear
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B A, in fp32."""
+    return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling)
+
+
+def merge_tensors(
+    tensors: Iterable[tuple[str, Tensor]], config: LoRAConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a model with LoRA as those of the same model merged, each as it comes. A and
+    B have to come before the weight that they change. Raises ValueError if they do not."""
+    lora: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        layer = name.removesuffix(".weight")
+        pair = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
+        if ".lora_" in name:
+            lora[name] = tensor
+        elif all(part in lora for part in pair):
+            yield name, merge(tensor, *map(lora.pop, pair), config.alpha / config.r)
+        else:
+            yield name, tensor
+    if lora:
+        raise ValueError(f"{next(iter(lora))} did not come before the weight that it changes")
 
 
 def add_lora(module: nn.Module, config: LoRAConfig) -> None:

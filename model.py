@@ -13,10 +13,14 @@ normalised input. TinyGPT-V adds three norms to keep a small model stable when p
 LayerNorm on queries and keys, and RMSNorm on what attention returns.
 """
 
+import ctypes
 import json
 import math
+import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +39,11 @@ from bridge import (
     naive_attention,
 )
 from data import IMAGE_TOKEN_ID, Tokenizer
-from lora import LORA_PRESETS, LoRAConfig, add_lora
+from lora import LORA_PRESETS, LoRAConfig, add_lora, merge_tensors
+from quantize import has_int8_unit, pack_phi, pack_vision, quantize_model, quantize_tensors
 from vision import VISION_PRESETS, EvaViT, VisionConfig
+
+Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, one after the other
 
 
 @dataclass
@@ -65,25 +72,24 @@ PHI_PRESETS = {
 }  # fmt: skip
 
 
-def rotary_cos_sin(position_ids: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(position_ids: Tensor, rotary_dim: int, theta: float) -> Tensor:
     """Cosine and sine of every position's angles (RoPE, arXiv 2104.09864, eq. 34), in fp32.
 
-    position_ids (B, T) -> two tensors (B, 1, T, rotary_dim), to be broadcast over heads.
+    position_ids (B, T) -> (B, 1, T, rotary_dim / 2, 2), to be broadcast over heads.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).float() / rotary_dim
     angles = position_ids[:, None, :, None].float() / theta**exponents  # (B, 1, T, rotary_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotates the first `rotary_dim` channels of every head of x (B, heads, T, head_dim); channel i
     turns together with channel i + rotary_dim / 2. The other channels carry no position."""
-    rotary_dim = cos.shape[-1]
-    turning, still = x[..., :rotary_dim].float(), x[..., rotary_dim:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned.to(x.dtype), still], dim=-1)
+    cos, sin = cos_sin.unbind(-1)
+    rotary_dim = 2 * cos.shape[-1]
+    first, second = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -109,17 +115,16 @@ class KVCache:
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         head_dim = config.hidden_size // config.num_heads
-        shape = (config.num_layers, batch_size, config.num_heads, max_length, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.num_layers, 2, batch_size, config.num_heads, max_length, head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, heads, T, head_dim) of the newest T tokens; returns those of all."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def update(self, layer: int, kv: Tensor) -> Tensor:
+        """Stores keys and values (2, B, heads, T, head_dim) of the newest T tokens; returns those
+        of all tokens."""
+        end = self.length + kv.shape[3]
+        self.kv[layer, :, :, :, self.length : end] = kv
+        return self.kv[layer, :, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -143,21 +148,29 @@ class Attention(nn.Module):
             self.q_layernorm = self.k_layernorm = nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+        self, x: Tensor, cos_sin: Tensor, mask: Tensor | None,
         cache: KVCache | None = None, maps: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q = apply_rotary(self.q_layernorm(q).to(v.dtype), cos, sin)  # (B, heads, T, head_dim)
-        k = apply_rotary(self.k_layernorm(k).to(v.dtype), cos, sin)
+        q = apply_rotary(self.q_layernorm(q).to(v.dtype), cos_sin)  # (B, heads, T, head_dim)
+        k = apply_rotary(self.k_layernorm(k).to(v.dtype), cos_sin)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, heads, all tokens so far, head_dim)
-        if maps is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            y, attention_map = naive_attention(q, k, v, mask)
-            maps.append(attention_map)
+            # (B, heads, all tokens so far, head_dim)
+            k, v = cache.update(self.layer, torch.stack([k, v]))
+        y = self.attend(q, k, v, mask, maps)
         return self.dense(y.transpose(1, 2).reshape(B, T, C))
+
+    @staticmethod
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, maps: list[Tensor] | None
+    ) -> Tensor:
+        """(B, heads, T, head_dim), from k and v of all tokens so far."""
+        if maps is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y, attention_map = naive_attention(q, k, v, mask)
+        maps.append(attention_map)
+        return y
 
 
 class MLP(nn.Module):
@@ -189,11 +202,11 @@ class Block(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+        self, x: Tensor, cos_sin: Tensor, mask: Tensor | None,
         cache: KVCache | None = None, maps: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         h = self.input_layernorm(x)
-        attended = self.post_layernorm(self.self_attn(h, cos, sin, mask, cache, maps))
+        attended = self.post_layernorm(self.self_attn(h, cos_sin, mask, cache, maps))
         return x + self.resid_dropout(attended) + self.resid_dropout(self.mlp(h))
 
 
@@ -223,6 +236,7 @@ class Phi(nn.Module):
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
         """Token embeddings (B, T, hidden_size), the places of pictures filled with theirs in order.
+        The sum over all layers begins with them, in fp32 whatever the embeddings' own dtype.
 
         Raises ValueError when the pictures do not fill those places exactly.
         """
@@ -232,6 +246,7 @@ class Phi(nn.Module):
         if places != available:
             raise ValueError(f"the prompt has {places} image places, the pictures fill {available}")
         embeds = self.embed_tokens(input_ids.clamp(min=0))
+        embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
         if image_embeds is None:
             return embeds
         return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
@@ -255,11 +270,13 @@ class Phi(nn.Module):
             position_ids = torch.arange(past, past + T, device=device)[None]
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary_dim = int(self.config.partial_rotary_factor * head_dim)
-        cos, sin = rotary_cos_sin(position_ids, rotary_dim, self.config.rope_theta)
-        mask = causal_mask(attention_mask, T, past + T, device)
+        cos_sin = rotary_cos_sin(position_ids, rotary_dim, self.config.rope_theta)
+        mask = None  # a single token may look at all before it
+        if T > 1 or attention_mask is not None:
+            mask = causal_mask(attention_mask, T, past + T, device)
         x = inputs_embeds
         for block in self.layers:
-            x = block(x, cos, sin, mask, cache, maps)
+            x = block(x, cos_sin, mask, cache, maps)
         if cache is not None:
             cache.length += T
         return self.final_layernorm(x)
@@ -307,6 +324,7 @@ class ModelConfig:
     phi: PhiConfig
     lora: LoRAConfig | None  # stages 2 to 4
     stage: int  # of training, 1 to 4; 0 is before the first
+    int8: bool = False  # quantized, LoRA merged (quantize.py)
 
     @classmethod
     def preset(cls, name: str, stage: int, vision: str = "") -> "ModelConfig":
@@ -327,11 +345,11 @@ class ModelConfig:
         return cls(
             VisionConfig(**values["vision"]), QFormerConfig(**values["qformer"]),
             ProjectorConfig(**values["projector"]), PhiConfig(**values["phi"]),
-            LoRAConfig(**lora) if lora else None, values["stage"],
+            LoRAConfig(**lora) if lora else None, values["stage"], values.get("int8", False),
         )  # fmt: skip
 
 
-def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+def set_dtype(model: "TinyGPTV", dtype: torch.dtype) -> None:
     """Linear maps and embeddings to `dtype`; what the stages train, norms and positions stay fp32.
     With a half dtype the model computes under torch.autocast."""
     for prefix, module in model.named_modules():
@@ -339,6 +357,8 @@ def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if not is_trainable(f"{prefix}.{name}"):
                     parameter.data = parameter.data.to(dtype)
+    if model.config.int8:  # rows are looked up, not multiplied: fp16, as they lie in the file
+        model.phi.embed_tokens.half()
 
 
 def half_dtype(device: str) -> torch.dtype:
@@ -348,9 +368,8 @@ def half_dtype(device: str) -> torch.dtype:
     return torch.float16 if device == "mps" else torch.bfloat16
 
 
-def autocast(phi: Phi) -> torch.autocast:
-    """Half precision for a model whose weights are in it; changes nothing for fp32."""
-    weight = phi.lm_head.weight
+def autocast(weight: Tensor) -> torch.autocast:
+    """Half precision for a part of the model with such weights; changes nothing for fp32."""
     is_half = weight.dtype in (torch.float16, torch.bfloat16)
     return torch.autocast(weight.device.type, weight.dtype, enabled=is_half)
 
@@ -382,6 +401,8 @@ class TinyGPTV(nn.Module):
         self.phi = Phi(config.phi)
         if config.lora is not None:
             add_lora(self.phi, config.lora)
+        if config.int8:
+            quantize_model(self)  # in shape; what is in it comes from the file
 
     @property
     def image_size(self) -> int:
@@ -390,6 +411,9 @@ class TinyGPTV(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all that the stages train, and what is `carried`."""
+        if self.config.int8:
+            raise ValueError("of a quantized model nothing can be trained or exported; use the one "
+                             "that it was made from")  # fmt: skip
         return {name: p.detach().contiguous() for name, p in self.named_parameters()
                 if is_trainable(name) or name in self.carried}  # fmt: skip
 
@@ -412,50 +436,32 @@ class TinyGPTV(nn.Module):
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, stage: int | None = None, device: str = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, int8: bool = False, pack: bool = True,
     ) -> "TinyGPTV":  # fmt: skip
         """The model of a weights directory, ready to answer (`model.tokenizer` is set).
 
         directory: a checkpoint directory, or one that holds backbones and stage1 ... stage4; of
         those `stage` picks one, the last by default, and 0 the backbones with a new projector. Or
-        a folder with the official files (official/load.py). dtype: of the frozen linear maps and
-        embeddings; fp32 by default, of official files half precision. Raises ValueError or
-        FileNotFoundError, naming file and tensor, unless every tensor is there, has its shape, is
-        finite, and none is left over.
+        a folder with the official files (official/load.py), or what quantize.py has made of either.
+        dtype: of the frozen linear maps and embeddings; fp32 by default, of official and quantized
+        weights half precision. int8: quantize what is not quantized yet. pack: make quantized
+        weights ready for the CPU's int8 unit, which takes seconds; else they are used where they
+        lie in the file. Raises ValueError or FileNotFoundError, naming file and tensor, unless
+        every tensor is there, has its shape, is finite, and none is left over.
         """
-        if is_official(Path(directory)):
-            from official.load import load_official  # it is built on this file
-
-            return load_official(directory, stage, device, dtype)
-        folder = checkpoint_directory(Path(directory), stage)
-        config, backbones = read_config(folder)
-        if stage not in (None, config.stage):
-            raise ValueError(f"{directory} holds stage {config.stage}, not {stage}")
-        with torch.device("meta"):  # no memory for weights that the files are about to bring
-            model = cls(config)
-        model.backbones = folder / backbones
-        on_official = is_official(model.backbones)
-        set_dtype(model, dtype or (half_dtype(device) if on_official else torch.float32))
-        expected = model.state_dict()
-        state: dict[str, Tensor] = {}
-        if on_official:
-            from official.load import read_backbones
-
-            state = read_backbones(model, model.backbones, device)
+        directory = Path(directory)
+        if int8:
+            model, tensors = open_quantized(directory, stage)
+            set_dtype(model, dtype or half_dtype(device))
         else:
-            for name, prefix in BACKBONE_FILES.items():
-                state |= read_tensors(model.backbones / name, prefix, expected)
-            model.tokenizer = Tokenizer(model.backbones)
-        require(state, {name for name in expected if not is_new(name)}, model.backbones)
-        if config.stage == 0:
-            state |= new_projector(config.projector)
-        else:
-            trained = read_tensors(folder / "model.safetensors", "", expected)
-            require(trained, {name for name in expected if is_trainable(name)}, folder)
-            state |= trained
-            model.carried = {name for name in trained if not is_trainable(name)}
-        model.load_state_dict(state, assign=True)
-        return model.to(device).eval()
+            model, tensors = open_pretrained(directory, stage, device, dtype)
+        model.load_state_dict(collected(tensors, model.state_dict()), assign=True)
+        model.to(device).eval()
+        if model.config.int8 and pack and device == "cpu" and has_int8_unit():
+            file = None if int8 else model.backbones / "model.safetensors"
+            pack_phi(model.phi, partial(release, file))
+            pack_vision(model.visual_encoder, partial(release, file))
+        return model
 
 
 # ---- loading and saving ----
@@ -465,6 +471,84 @@ BACKBONE_FILES = {
     "qformer.safetensors": "qformer.",
     "phi.safetensors": "phi.",
 }
+
+
+def open_pretrained(
+    directory: Path, stage: int | None, device: str, dtype: torch.dtype | None, copy: bool = True
+) -> tuple[TinyGPTV, Tensors]:
+    """The model with shapes but no memory, and its tensors as they are read: the checkpoint's
+    first, of official files one after the other. copy: False if tensors may stay in the mapped
+    file, where nobody may write to them."""
+    if is_official(directory):
+        from official.load import open_official  # it is built on this file
+
+        return open_official(directory, stage, device, dtype, copy=copy)
+    folder = checkpoint_directory(directory, stage)
+    config, backbones = read_config(folder)
+    if stage not in (None, config.stage):
+        raise ValueError(f"{directory} holds stage {config.stage}, not {stage}")
+    with torch.device("meta"):
+        model = TinyGPTV(config)
+    model.backbones = folder / backbones
+    on_official = is_official(model.backbones)
+    is_half = on_official or config.int8
+    set_dtype(model, dtype or (half_dtype(device) if is_half else torch.float32))
+    if not on_official:
+        model.tokenizer = Tokenizer(model.backbones)
+    return model, read_model(model, folder, device, copy)
+
+
+def open_quantized(directory: Path, stage: int | None) -> tuple[TinyGPTV, Tensors]:
+    """As `open_pretrained`, of the model quantized, LoRA merged. A tensor may come in parts."""
+    source, tensors = open_pretrained(directory, stage, "cpu", torch.float16, copy=False)
+    if source.config.int8:
+        raise ValueError(f"{directory} is quantized already")
+    with torch.device("meta"):
+        model = TinyGPTV(replace(source.config, lora=None, int8=True))
+    set_dtype(model, torch.float16)
+    model.tokenizer = source.tokenizer
+
+    def read() -> Tensors:
+        lora = source.config.lora
+        merged = merge_tensors(tensors, lora) if lora else tensors
+        yield from quantize_tensors(merged)
+        model.load_report = source.load_report
+
+    return model, read()
+
+
+def collected(tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors in the dtypes of `expected`, those that came in parts as wholes."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        parts.setdefault(name, []).append(tensor.to(expected[name].dtype))
+    return {name: torch.cat(some) if len(some) > 1 else some[0] for name, some in parts.items()}
+
+
+def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensors:
+    """The tensors of a checkpoint directory, then what its backbones have beside them."""
+    expected = model.state_dict()
+    if model.config.int8:
+        tensors = read_tensors(folder / "model.safetensors", "", expected, copy=False)
+        require(tensors, set(expected), folder)
+        yield from tensors.items()
+        return
+    own = new_projector(model.config.projector)
+    if model.stage > 0:
+        own = read_tensors(folder / "model.safetensors", "", expected, copy)
+        require(own, {name for name in expected if is_trainable(name)}, folder)
+        model.carried = {name for name in own if not is_trainable(name)}
+    yield from own.items()
+    if is_official(model.backbones):
+        from official.load import read_backbones
+
+        yield from read_backbones(model, device, own, copy)
+        return
+    for file, prefix in BACKBONE_FILES.items():
+        tensors = read_tensors(model.backbones / file, prefix, expected, copy)
+        names = {n for n in expected if n.startswith(prefix) and not is_new(n)}
+        require(tensors, names, model.backbones)
+        yield from ((name, tensor) for name, tensor in tensors.items() if name not in own)
 
 
 def is_official(directory: Path) -> bool:
@@ -503,7 +587,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"{path} does not describe a model: {error!r}") from None
 
 
-def read_tensors(path: Path, prefix: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, prefix: str, expected: dict[str, Tensor], copy: bool
+) -> dict[str, Tensor]:
     """The tensors of one safetensors file, checked, their names after `prefix`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
@@ -514,30 +600,48 @@ def read_tensors(path: Path, prefix: str, expected: dict[str, Tensor]) -> dict[s
         raise ValueError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
     names = {prefix + name: tensor for name, tensor in tensors.items()}
     try:
-        return {n: check_tensor(n, tensor, expected.get(n)) for n, tensor in names.items()}
+        return {n: check_tensor(n, tensor, expected.get(n), copy) for n, tensor in names.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_tensor(name: str, tensor: Tensor, expected: Tensor | None) -> Tensor:
-    """A copy of what a file holds, in the dtype of the tensor (on the meta device) whose place it
-    takes. Raises ValueError if there is none, the shape differs, or a number is not finite."""
+def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool) -> Tensor:
+    """What a file holds in the dtype of the tensor (on the meta device) whose place it takes; a
+    copy, or where possible the mapped file itself. Raises ValueError if there is none, the shape
+    differs, a number is not finite, or int8 is no int8."""
     if expected is None:
         raise ValueError(f"unexpected tensor {name}")
     if tensor.shape != expected.shape:
         shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected.shape)}"
         raise ValueError(f"{name} has shape {shapes}")
-    if not tensor.is_floating_point():
+    if expected.is_floating_point() and not tensor.is_floating_point():
         raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
-    copied = tensor.to(expected.dtype, copy=True)
-    if not all_finite(copied):
+    if not expected.is_floating_point() and tensor.dtype != expected.dtype:
+        raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}")
+    converted = tensor.to(expected.dtype, copy=copy)
+    if not all_finite(converted):
         too_large = f"numbers too large for {expected.dtype}"
         raise ValueError(f"{name} holds {too_large if all_finite(tensor) else 'NaN or infinity'}")
-    return copied
+    return converted
 
 
 def all_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is the extreme of both
+
+
+def release(path: Path | None) -> None:
+    """Gives back what was read of a mapped file: its pages count as this process's memory. (They
+    stay in the system's cache. Where there is no /proc, only the count is higher.) What was written
+    to the mapped tensors would be lost."""
+    maps = Path("/proc/self/maps")
+    if path is None or not maps.exists():
+        return
+    ending = f" {path.resolve()}"
+    for line in maps.read_text().splitlines():
+        if line.endswith(ending):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            span = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+            ctypes.CDLL(None).madvise(*span, mmap.MADV_DONTNEED)
 
 
 def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
@@ -558,8 +662,11 @@ def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.checkpoint_tensors(), folder / "model.safetensors.tmp")
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    description = asdict(model.config) | {"backbones": os.path.relpath(model.backbones, folder)}
-    text = json.dumps(description, indent=2)
+    write_config(model.config, folder, os.path.relpath(model.backbones, folder))
+
+
+def write_config(config: ModelConfig, folder: Path, backbones: str) -> None:
+    text = json.dumps(asdict(config) | {"backbones": backbones}, indent=2)
     (folder / "config.json.tmp").write_text(text + "\n", "utf-8")
     os.replace(folder / "config.json.tmp", folder / "config.json")
 

@@ -3,17 +3,15 @@
     WeightFile       one file, memory-mapped, and which part of the model it holds
     open_weights     whatever the container: safetensors, torch's zip, torch's older pickle
     find_parts       the files of a folder, by part
-    Filling          a model that has shapes but no memory yet, filled tensor by tensor
-    load_official    everything together, with a report of what came from where
+    Filling          what a model that has shapes but no memory yet gets, tensor by tensor
+    open_official    everything together, with a report of what came from where
 
 A file is known by the names of its tensors, not by its own. Every tensor of the model has to come
 from a file or from the short list of what no file has; every tensor of a file is used, or ignored
 for a reason that the report gives; all else is an error that names file and tensor.
 """
 
-import ctypes
 import json
-import mmap
 import os
 import re
 from collections import Counter
@@ -29,11 +27,13 @@ from data import Tokenizer
 from lora import LORA_PRESETS
 from model import (
     ModelConfig,
+    Tensors,
     TinyGPTV,
     check_tensor,
     half_dtype,
     is_trainable,
     new_projector,
+    release,
     set_dtype,
 )
 from official.fetch import not_weights
@@ -60,7 +60,6 @@ AGAIN = "fetch it again: python official/fetch.py"
 # What Phi-2's files lack of TinyGPT-V's norms, and its checkpoints bring or leave as they began.
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
 
-
 @dataclass
 class WeightFile:
     path: Path
@@ -68,17 +67,6 @@ class WeightFile:
     part: str
     places: list[list[str]] = field(default_factory=list)  # of each tensor used, by our names
     ignored: Counter = field(default_factory=Counter)  # reason: how many tensors
-
-    def let_go(self) -> None:
-        """Gives back what has been read: pages of a mapped file count as this process's memory.
-        (They stay in the system's cache. Where there is no /proc, only the count is higher.)"""
-        maps = Path("/proc/self/maps")
-        lines = maps.read_text().splitlines() if maps.exists() else []
-        for line in lines:
-            if line.endswith(f" {self.path.resolve()}"):
-                start, end = (int(address, 16) for address in line.split()[0].split("-"))
-                span = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-                ctypes.CDLL(None).madvise(*span, mmap.MADV_DONTNEED)
 
 
 # ---- files ----
@@ -221,52 +209,56 @@ class Filling:
     A tensor at a time is turned into our layout and dtype: there are never two copies of more.
     """
 
-    def __init__(self, model: TinyGPTV, device: str):
-        self.model, self.device = model, device
+    def __init__(self, model: TinyGPTV, device: str, copy: bool):
+        self.model, self.device, self.copy = model, device, copy
         self.expected = model.state_dict()
-        self.state: dict[str, Tensor] = {}
-        self.source: dict[str, Path] = {}  # where each came from
+        self.source: dict[str, Path] = {}  # where each tensor came from
 
-    def add(self, files: list[WeightFile]) -> None:
-        """Takes all that the files of one part hold. What an earlier part brought is replaced."""
+    def take(self, files: list[WeightFile]) -> Tensors:
+        """All that the files of one part hold, but for what an earlier part brought."""
         file_of = files_by_name(files)
         placed: dict[str, Path] = {}  # by this part
         num_read = 0
         for names in taken_together(file_of, files[0].part):
             tensors = {name: file_of[name].tensors[name] for name in names}
-            ignored = self.place(file_of[names[0]], tensors, placed)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if num_read + size > 2**26:
+                num_read = 0
+                for file in files:
+                    release(file.path)
+            num_read += size
+            ours, ignored = self.place(file_of[names[0]], tensors, placed)
+            yield from ours.items()
             for name in names:
                 if name in ignored:
                     file_of[name].ignored[ignored[name]] += 1
-            num_read += sum(tensor.nbytes for tensor in tensors.values())
-            if num_read > 2**28:
-                num_read = 0
-                for file in files:
-                    file.let_go()
         for file in files:
             file.tensors = {}  # closes the file
 
     def place(
         self, file: WeightFile, tensors: dict[str, Tensor], placed: dict[str, Path]
-    ) -> dict[str, str]:
-        """Puts some tensors of a file, translated and checked, where they belong; returns those
-        that are ignored, with the reason."""
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Some tensors of a file, translated and checked, and those that are ignored, with the
+        reason."""
+        checked = {}
         try:
             ours, ignored = self.translate(file.part, tensors)
             for name, tensor in ours.items():
                 label = " + ".join(tensors) if len(ours) == 1 else name
                 if name in placed:
                     raise held_twice(label, placed[name], file.path)
-                tensor = check_tensor(label, tensor, self.expected.get(name))
-                self.state[name] = tensor.to(self.device)
-                self.source[name] = placed[name] = file.path
+                placed[name] = file.path
+                if name not in self.source:
+                    tensor = check_tensor(label, tensor, self.expected.get(name), self.copy)
+                    checked[name] = tensor.to(self.device)
+                    self.source[name] = file.path
         except ValueError as error:
             raise ValueError(f"{file.path}: {error}") from None
         except RuntimeError:  # q, k and v that can't be joined, rows that can't be reordered
             found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
             raise ValueError(f"{file.path}: shapes that do not fit the model: {found}") from None
         file.places += [list(ours)] * (len(tensors) - len(ignored))
-        return ignored
+        return checked, ignored
 
     def translate(self, part: str, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, str]]:
         """Tensors by our names, and for those without a use the reasons."""
@@ -290,22 +282,21 @@ class Filling:
             line += f", {count} ignored ({reason})"
         return line
 
-    def begin_the_rest(self, checkpoint: WeightFile | None) -> list[str]:
-        """Gives a beginning to what no file needs to have: TinyGPT-V's norms, and without a
-        checkpoint the projection. Returns the names. Raises ValueError if anything else is missing.
-        """
-        missing = [name for name in self.expected if name not in self.state]
-        projector = {} if checkpoint else new_projector(self.model.config.projector)
-        for name in missing:
-            if re.fullmatch(NEW_NORM, name) and (name.endswith("bias") or not checkpoint):
+    def begin_the_rest(self, has_checkpoint: bool) -> dict[str, Tensor]:
+        """A beginning for what no file needs to have: TinyGPT-V's norms, and without a checkpoint
+        the projection. Raises ValueError if anything else is missing."""
+        begun = {}
+        projector = {} if has_checkpoint else new_projector(self.model.config.projector)
+        for name in (name for name in self.expected if name not in self.source):
+            if re.fullmatch(NEW_NORM, name) and (name.endswith("bias") or not has_checkpoint):
                 value = new_norm(name, self.expected[name])
             elif name in projector:
                 value = projector[name]
             else:
                 shape = tuple(self.expected[name].shape)
                 raise ValueError(f"no file holds {name}, shape {shape}")
-            self.state[name] = value.to(self.device)
-        return missing
+            begun[name] = value.to(self.device)
+        return begun
 
     def check_trained(self, checkpoint: WeightFile) -> None:
         """All that the stages train has to come from the checkpoint, not from a backbone.
@@ -349,12 +340,12 @@ def taken_together(names: Iterable[str], part: str) -> list[list[str]]:
     return list(groups.values())
 
 
-def load_official(
+def open_official(
     directory: str | Path, stage: int | None = None, device: str = "cpu",
-    dtype: torch.dtype | None = None, config: ModelConfig | None = None,
-) -> TinyGPTV:  # fmt: skip
-    """TinyGPT-V from a folder with the official files; `model.load_report` tells what came from
-    where.
+    dtype: torch.dtype | None = None, copy: bool = True, config: ModelConfig | None = None,
+) -> tuple[TinyGPTV, Tensors]:  # fmt: skip
+    """TinyGPT-V from a folder with the official files, as `model.open_pretrained` returns it.
+    `model.load_report` tells what came from where as soon as all tensors have come.
 
     stage: which checkpoint, by default the last there is; 0 for none. dtype: of all linear maps and
     embeddings that stay frozen, by default the device's half precision. config: other sizes than
@@ -367,42 +358,43 @@ def load_official(
         model = TinyGPTV(config or full_config(parts, checkpoint, stage))
     set_dtype(model, dtype or half_dtype(device))
     model.backbones = Path(directory)
-    filling = fill_backbones(model, parts, device)
+    model.tokenizer = Tokenizer(parts[PHI][0].path.parent)
+    return model, read_official(Filling(model, device, copy), parts, checkpoint)
+
+
+def read_official(
+    filling: Filling, parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None
+) -> Tensors:
+    model = filling.model
     if checkpoint:
-        filling.add([checkpoint])
+        yield from filling.take([checkpoint])
         filling.check_trained(checkpoint)
-        model.carried = {name for name, path in filling.source.items()
-                         if path == checkpoint.path and not is_trainable(name)}  # fmt: skip
-    begun = filling.begin_the_rest(checkpoint)
-    model.load_state_dict(filling.state, assign=True)
+        model.carried = {name for name in filling.source if not is_trainable(name)}
+    for files in parts.values():
+        yield from filling.take(files)
+    begun = filling.begin_the_rest(checkpoint is not None)
+    yield from begun.items()
     files = [file for files in parts.values() for file in files] + [checkpoint] * bool(checkpoint)
     lines = [filling.report(file) for file in files]
     model.load_report = "\n".join(lines + closing_lines(model, len(begun), checkpoint))
-    return model.eval()
 
 
-def read_backbones(model: TinyGPTV, folder: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a model on the meta device that the official files in `folder` bring, for a
-    checkpoint that was trained here on top of them. Sets the model's tokenizer."""
-    parts = find_parts(folder)
+def read_backbones(
+    model: TinyGPTV, device: str, own: dict[str, Tensor], copy: bool
+) -> Tensors:
+    """What the official files bring of a model whose checkpoint, trained here on top of them, has
+    brought `own`. Sets the model's tokenizer."""
+    parts = find_parts(model.backbones)
     parts.pop(CHECKPOINT, None)
-    filling = fill_backbones(model, parts, device)
-    lines = [filling.report(file) for files in parts.values() for file in files]
-    model.load_report = "\n".join(lines)
-    names = [name for name in filling.expected if re.fullmatch(NEW_NORM, name)]
-    new = {name: new_norm(name, filling.expected[name]).to(device) for name in names}
-    return new | filling.state
-
-
-def fill_backbones(
-    model: TinyGPTV, parts: dict[str, list[WeightFile]], device: str
-) -> Filling:
-    """All but the checkpoint, and the tokenizer, which lies beside Phi-2."""
-    model.tokenizer = Tokenizer(parts[PHI][0].path.parent)  # first: it may be missing
-    filling = Filling(model, device)
+    model.tokenizer = Tokenizer(parts[PHI][0].path.parent)
+    filling = Filling(model, device, copy)
+    filling.source = dict.fromkeys(own, Path())
     for files in parts.values():
-        filling.add(files)
-    return filling
+        yield from filling.take(files)
+    yield from filling.begin_the_rest(has_checkpoint=model.stage > 0).items()
+    model.load_report = "\n".join(
+        filling.report(file) for files in parts.values() for file in files
+    )
 
 
 def closing_lines(model: TinyGPTV, begun: int, checkpoint: WeightFile | None) -> list[str]:

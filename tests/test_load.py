@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 import generate
 import train
 from golden_case import Case, full_config, full_weights, qformer_config
-from model import ModelConfig, TinyGPTV, is_trainable, save_checkpoint
+from model import ModelConfig, TinyGPTV, is_trainable, release, save_checkpoint
 from official import export, load
 from official.export import export_checkpoint
-from official.load import load_official, open_weights
+from official.load import open_official, open_weights
 from official.weights import by_blocks, from_official, to_official
 from vision import VisionConfig
 
@@ -130,6 +130,12 @@ def folder(case, golden, tmp_path):
     save_phi(phi_file(case, "split"), tmp_path / PHI, ("safetensors", 2))
     torch.save(runner_file(checkpoint_file(case)), tmp_path / STAGE)
     return tmp_path
+
+
+def load_official(folder, stage=None, dtype=None, config=None):
+    model, tensors = open_official(folder, stage, "cpu", dtype, config=config)
+    model.load_state_dict(dict(tensors), assign=True)
+    return model.eval()
 
 
 def load_small(case, folder, stage=None, dtype=torch.float32, lora=True):
@@ -568,7 +574,7 @@ def test_pages_of_a_file_are_given_back(tmp_path):
     before = resident_mb()
     assert file.tensors["llama_proj.weight"].sum() == 50 * 2**18
     read = resident_mb()
-    file.let_go()
+    release(file.path)
     assert read > before + 40 and resident_mb() < before + 10
     assert file.tensors["llama_proj.weight"].sum() == 50 * 2**18
 

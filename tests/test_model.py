@@ -65,7 +65,7 @@ def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(position_of_q, position_of_k):
-        turned = [apply_rotary(x, *rotary_cos_sin(torch.tensor([[p]]), 4, 10000.0))
+        turned = [apply_rotary(x, rotary_cos_sin(torch.tensor([[p]]), 4, 10000.0))
                   for x, p in ((q, position_of_q), (k, position_of_k))]  # fmt: skip
         return (turned[0] * turned[1]).sum()
 
@@ -75,7 +75,7 @@ def test_rotary_scores_depend_on_the_distance_only():
 
 def test_rotary_turns_its_share_of_the_channels():
     x = torch.randn(1, 2, 3, 8)
-    turned = apply_rotary(x, *rotary_cos_sin(torch.arange(3)[None], 4, 10000.0))
+    turned = apply_rotary(x, rotary_cos_sin(torch.arange(3)[None], 4, 10000.0))
     assert_close(turned[:, :, 0], x[:, :, 0])  # position 0 turns by no angle
     assert torch.equal(turned[..., 4:], x[..., 4:])
     assert not torch.isclose(turned[:, :, 1:, :4], x[:, :, 1:, :4]).any()
