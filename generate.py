@@ -166,13 +166,17 @@ def generate_ids(
     device = inputs_embeds.device
     # The last token is never fed. A prompt that does not fit is left for Phi to refuse.
     steps = max(1, min(max_new_tokens, phi.config.max_position_embeddings - T + 1))
-    cache = KVCache(phi.config, B, T + steps - 1, device, inputs_embeds.dtype)
+    weight = phi.lm_head.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    cache = KVCache(phi.config, B, T + steps - 1, device, dtype)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     ids = attention_mask.new_empty(B, 0) if history is None else history
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding takes no positions
+    is_padded = not attention_mask.all()
     for _ in range(steps):
-        with autocast(phi):
-            hidden = phi(inputs_embeds, attention_mask, position_ids, cache)
+        with autocast(weight):
+            mask = attention_mask if is_padded else None
+            hidden = phi(inputs_embeds, mask, position_ids, cache)
             scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
         scores[:, num_ids or scores.shape[1] :] = float("-inf")
         scores = process_scores(scores, ids, sampling)
@@ -182,19 +186,23 @@ def generate_ids(
             next_ids = scores.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
         yield next_ids, scores
         ids = torch.cat([ids, next_ids[:, None]], dim=1)
-        inputs_embeds = phi.embed_tokens(next_ids)[:, None]  # (B, 1, hidden_size)
+        inputs_embeds = phi.embed(next_ids[:, None])  # (B, 1, hidden_size)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(B, 1)], dim=1)
         position_ids = attention_mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
 
 
 @torch.inference_mode()
 def encode_images(model: TinyGPTV, images: Sequence[Image.Image]) -> Tensor | None:
-    """What Phi gets to see of the pictures: (num_images, num_queries, hidden_size)."""
+    """What Phi gets to see of the pictures: (num_images, num_queries, hidden_size). One that is
+    there several times is looked at once."""
     if not images:
         return None
-    pixels = torch.stack([preprocess(image, model.image_size) for image in images])
-    with autocast(model.phi):
-        return model.encode_images(pixels.to(model.phi.lm_head.weight.device))
+    distinct = {id(image): image for image in images}
+    pixels = torch.stack([preprocess(image, model.image_size) for image in distinct.values()])
+    with autocast(model.qformer.layers[0].mlp.fc1.weight):
+        image_embeds = model.encode_images(pixels.to(model.phi.lm_head.weight.device))
+    places = list(distinct)
+    return image_embeds[[places.index(id(image)) for image in images]]
 
 
 @torch.inference_mode()
@@ -233,12 +241,12 @@ def push_answers(
 
 
 def decode(
-    model: TinyGPTV, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str],
-    sampling: Sampling, max_new_tokens: int, official: bool,
+    model: TinyGPTV, images: Sequence[Image.Image] | Tensor, num_images: Sequence[int],
+    prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, official: bool,
 ) -> Iterator[list[str]]:  # fmt: skip
     """Yields, token by token, what is new in the answer to each prompt. Warns if any was cut."""
-    tokenizer, num_images = model.tokenizer, [len(own) for own in images]
-    image_embeds = encode_images(model, [image for own in images for image in own])
+    tokenizer = model.tokenizer
+    image_embeds = images if isinstance(images, Tensor) else encode_images(model, images)
     batch = prepare(model, image_embeds, num_images, prompts, official)
     # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
     # They penalise a BOS that was never fed as if it had been said.
@@ -258,27 +266,30 @@ def decode(
 
 
 def generate(
-    model: TinyGPTV, images: Sequence[Image.Image], prompt: str, sampling: Sampling = Sampling(),
-    max_new_tokens: int = 120, official: bool = False,
+    model: TinyGPTV, images: Sequence[Image.Image] | Tensor, prompt: str,
+    sampling: Sampling = Sampling(), max_new_tokens: int = 120, official: bool = False,
 ) -> Iterator[str]:  # fmt: skip
     """Yields the answer to one prompt in pieces of text, as soon as they are certain.
 
-    prompt: with template and one <ImageHere> for each of `images` (`data.inference_prompt`).
+    images: pictures, or what `encode_images` has made of them: a further question about the same
+    picture need not look at it again. prompt: with template and one <ImageHere> for each of them
+    (`data.inference_prompt`).
     official: prompt without BOS and stop as the official benchmarks do. Raises ValueError when
     prompt and pictures do not fit together or exceed the model's positions.
     """
-    for (piece,) in decode(model, [images], [prompt], sampling, max_new_tokens, official):
+    number = [len(images)]
+    for (piece,) in decode(model, images, number, [prompt], sampling, max_new_tokens, official):
         if piece:
             yield piece
 
 
 def answer(
-    model: TinyGPTV, images: Sequence[Image.Image], prompts: Sequence[str],
+    model: TinyGPTV, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str],
     sampling: Sampling = Sampling(), max_new_tokens: int = 120, official: bool = False,
 ) -> list[str]:  # fmt: skip
     """The answers to a batch of prompts about one picture each; `generate` in all else."""
-    each = [[image] for image in images]
-    pieces = decode(model, each, prompts, sampling, max_new_tokens, official)
+    number = [1] * len(images)
+    pieces = decode(model, images, number, prompts, sampling, max_new_tokens, official)
     return ["".join(row) for row in zip(*pieces)]
 
 
@@ -342,6 +353,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--stage", type=int, choices=STAGES, help="of training; the last by default")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     add("--dtype", choices=DTYPES, help="fp32 by default; for official weights bf16 or fp16")
+    add("--int8", action="store_true", help="quantize while loading; once and for all: quantize.py")
     add("--temperature", type=float, default=0.0, help="0, the default: top-k and top-p are idle")
     add("--top-k", type=int, default=0, help="0, the default, keeps all tokens")
     numbers = {"top-p": 1.0, "repetition-penalty": 1.0, "max-new-tokens": 120, "seed": 0}
@@ -400,7 +412,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_machine(arguments.device, arguments.dtype, arguments.draw)
     image = load_image(arguments.img)
     dtype = arguments.dtype and DTYPES[arguments.dtype]
-    model = TinyGPTV.from_pretrained(arguments.weights, arguments.stage, arguments.device, dtype)
+    model = TinyGPTV.from_pretrained(
+        arguments.weights, arguments.stage, arguments.device, dtype, arguments.int8
+    )
     if model.load_report:
         print(model.load_report, file=sys.stderr)
     prompt = inference_prompt(task, asked, model.stage)

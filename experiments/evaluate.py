@@ -122,8 +122,11 @@ def ask(
     return [(answer.shown + answer.close(), is_cut) for answer, is_cut in zip(answers, cut)]
 
 
-def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> Iterator[Count]:
-    """Scores all answers about some pictures. Questions alike share a batch, which ends early."""
+def answered(
+    model: TinyGPTV, pictures: list[Picture], config: Config
+) -> Iterator[tuple[dict, tuple[int, int], str, bool]]:
+    """Asks all about some pictures: record, size of its picture, answer, and whether that was cut.
+    Questions alike share a batch, which ends early."""
     images = [image for image, _ in pictures]
     if config.blind:
         images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
@@ -140,8 +143,13 @@ def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> 
             _, prompts, places, records = zip(*batch)
             answers = ask(model, image_embeds[list(places)], prompts, TASKS[task])
             for record, place, (answer, cut) in zip(records, places, answers):
-                yield f"cut {task}", int(cut), 1
-                yield from score(record, answer, images[place].size)
+                yield record, images[place].size, answer, cut
+
+
+def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> Iterator[Count]:
+    for record, size, answer, cut in answered(model, pictures, config):
+        yield f"cut {record['task']}", int(cut), 1
+        yield from score(record, answer, size)
 
 
 # ---- all of them ----

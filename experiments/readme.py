@@ -100,6 +100,29 @@ def size_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    """Speed of the official size on a CPU, in turns."""
+    speed = result("speed")
+    columns = {"token": "a token", "share": "of the bandwidth", "prefill": "prompt of 64 tokens",
+               "picture_224": "picture, 224 px", "picture_448": "448 px",
+               "caption": "picture to 20 words"}  # fmt: skip
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in speed["variants"].items():
+        cells = ["" if key not in row else f"{row[key]:.0%}" if key == "share"
+                 else f"{row[key]:.3f} s" for key in columns]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    lines = ["| weights | loaded | after an answer about 448 px | peak |", "|---|---|---|---|"]
+    for name, row in result("memory").items():
+        if "loaded" not in row:
+            continue
+        lines.append(f"| {name} | {row['loaded']} GB | {row['at_the_end']} GB | {row['peak']} GB |")
+    return "\n".join(lines)
+
+
 def described() -> str:
     """What the first command prints."""
     command = [sys.executable, "generate.py", "--img", "assets/shapes.png"]
@@ -121,6 +144,7 @@ def main() -> None:
     text = put(text, "describe", described())
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
     text = put(text, "size", size_table())
+    text = put(text, "speed", speed_table() + "\n\n" + memory_table())
     path.write_text(text, "utf-8")
 
 

@@ -213,6 +213,21 @@ def test_padding_on_the_left_changes_nothing(model, image):
 
 
 @pytest.mark.filterwarnings("ignore:.*answers cut")
+def test_a_picture_is_looked_at_once(model, image, monkeypatch):
+    """For several questions in a batch, and for a further question later on."""
+    looked_at, original = [], model.encode_images
+    monkeypatch.setattr(model, "encode_images",
+                        lambda pixels: looked_at.append(len(pixels)) or original(pixels))
+    other = image.transpose(Image.Transpose.ROTATE_90)
+    images = [image, other, image]
+    embeds = encode_images(model, images)
+    assert looked_at == [2] and torch.equal(embeds[0], embeds[2])
+    together = answer(model, images, PROMPTS, max_new_tokens=5)
+    assert together == answer(model, embeds, PROMPTS, max_new_tokens=5)
+    assert "".join(generate(model, embeds[:1], PROMPTS[0], max_new_tokens=5)) == together[0]
+    assert looked_at == [2, 2]
+
+
 def test_rows_end_one_by_one(model, image, monkeypatch):
     """With a stop text that the answers reach after different numbers of tokens, or never."""
     images = [image] * 3

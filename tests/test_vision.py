@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from bridge import naive_attention
-from vision import VISION_PRESETS, Attention, EvaViT, VisionConfig, interpolate_pos_embed
+from vision import VISION_PRESETS, Attention, EvaViT, VisionConfig, attend, interpolate_pos_embed
 
 CONFIG = VisionConfig(
     image_size=56, patch_size=14, hidden_size=16, num_layers=2, num_heads=4, intermediate_size=24
@@ -69,6 +69,24 @@ def test_attention_equals_its_naive_twin():
     )
     y, _ = naive_attention(q, k, v)
     assert_close(attention(x), attention.proj(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("heads", [4, 5])
+@torch.no_grad()
+def test_attention_by_heads_is_as_exact_as_bf16_can_be(heads):
+    """In bf16 on a CPU; keys with much in common, as EVA's have, would cost precision."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 60, 88) for _ in range(3))
+    k += 10 * torch.randn(88)
+    right = naive_attention(q.double(), k.double(), v.double())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v)
+    assert found.dtype == torch.bfloat16 and found.shape == right.shape
+    assert (found - right).norm() / right.norm() < 0.007
+    assert_close(attend(q, k, v).double(), right, atol=1e-4, rtol=1e-4)  # fp32 is left alone
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    right = naive_attention(q.double(), k.double(), v.double())[0]
+    assert (attend(q, k, v) - right).norm() / right.norm() < 0.007
 
 
 def test_norms_have_the_official_eps(vit):

@@ -1,0 +1,59 @@
+"""How often the quantized miniature gives the very same answer as the miniature itself.
+
+    python experiments/agreement.py n=1000
+
+Questions of every task and kind about test scenes, greedy decoding, whole answers compared.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments import evaluate
+from model import TinyGPTV
+from train import key_values
+
+RESULT = ROOT / "experiments" / "results" / "agreement.json"
+QUESTIONS_A_SCENE = 10  # at least
+
+
+@dataclass
+class Config:
+    n: int = 1000
+    seed: int = 2
+
+
+def compare(config: Config) -> dict:
+    pictures = list(evaluate.world_pictures(config.n // QUESTIONS_A_SCENE, config.seed, "test"))
+    weights, settings = evaluate.Config.weights, evaluate.Config()
+    whole, int8 = (
+        evaluate.answered(TinyGPTV.from_pretrained(weights, int8=int8), pictures, settings)
+        for int8 in (False, True)
+    )
+    asked: Counter[str] = Counter()
+    same: Counter[str] = Counter()
+    for (record, _, one, _), (_, _, other, _) in zip(whole, int8, strict=True):
+        asked[record["task"]] += 1
+        same[record["task"]] += one == other
+    return {"questions": asked.total(), "same": round(same.total() / asked.total(), 4),
+            "by_task": {task: round(same[task] / asked[task], 4) for task in asked}}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        result = compare(Config(**key_values(arguments, Config)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

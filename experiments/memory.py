@@ -1,0 +1,94 @@
+"""How much memory an answer about a picture of 448 px takes, of weights at the official size.
+
+    python experiments/memory.py weights=DIR int8=DIR
+
+weights: the official files, or random ones as experiments/official_sized.py folder=DIR writes them;
+int8: what quantize.py has made of them, packed and as it lies. Each is loaded by a process of its
+own, which tells what the system counts as its memory (Linux): once loaded, at the end, and the most
+that it ever was. The bf16 run comes first and leaves the files in the system's cache, then
+quantize.py itself is measured.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import inference_prompt, load_image
+from generate import generate
+from model import TinyGPTV
+from train import key_values
+
+RESULT = ROOT / "experiments" / "results" / "memory.json"
+NEW_TOKENS = 33
+
+
+@dataclass
+class Config:
+    weights: str = ""
+    int8: str = ""
+
+
+def status_gb(key: str) -> float:
+    """A line of what the system knows about this process, such as VmRSS, in GB."""
+    text = Path("/proc/self/status").read_text()
+    return round(int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) * 1024 / 1e9, 2)
+
+
+def measure(weights: str, pack: bool) -> dict[str, float]:
+    found = {"program": status_gb("VmRSS")}
+    model = TinyGPTV.from_pretrained(weights, pack=pack)
+    found["loaded"] = status_gb("VmRSS")
+    image, prompt = load_image(ROOT / "assets" / "shapes.png"), inference_prompt("caption", "", 4)
+    for _ in generate(model, [image], prompt, max_new_tokens=NEW_TOKENS):
+        pass
+    return found | {"at_the_end": status_gb("VmRSS"), "peak": status_gb("VmHWM")}
+
+
+def quantizing(weights: str) -> dict[str, float]:
+    """Seconds and peak of quantize.py, the files in the system's cache."""
+    with tempfile.TemporaryDirectory(prefix="memory_") as folder:
+        command = [sys.executable, str(ROOT / "quantize.py"), "--weights", weights, "--out",
+                   f"{folder}/int8"]  # fmt: skip
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise RuntimeError("quantize.py failed")
+    return {"seconds": round(time.perf_counter() - began, 1),
+            "peak": round(usage.ru_maxrss * 1024 / 1e9, 2)}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config = Config(**key_values(arguments, Config))
+        if not config.weights and not config.int8:
+            raise ValueError("say weights=DIR or int8=DIR; see the head of experiments/memory.py")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runs = {"bf16": (config.weights, True), "int8": (config.int8, True),
+            "int8 as it lies": (config.int8, False)}  # fmt: skip
+    result = {}
+    for name, (weights, pack) in runs.items():
+        if weights:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                result[name] = pool.apply(measure, [weights, pack])
+    if config.weights:
+        result["quantize.py"] = quantizing(config.weights)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

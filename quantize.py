@@ -1,0 +1,375 @@
+"""int8: every weight in one byte, half of what bf16 takes in memory and in time.
+
+To say one token, the language model reads all of its 2.6 billion weights and does two operations
+with each. A processor calculates far faster than its memory delivers, so a token takes as long as
+reading the weights does: what is half as large is twice as fast.
+
+Read it from the leaves to the root:
+
+    quantize_rows, dequantize    the idea: whole numbers from -127 to 127, and one scale a row
+    Int8Linear                   a linear layer that keeps such weights
+    PackedLinear                 the same product in whole numbers, on the CPU's int8 unit
+    Int8Block, pack_phi          a layer of Phi in three such products and little else
+    quantize_tensors, main       a model from file to file, tensor by tensor:
+
+    python quantize.py --weights DIR --out DIR
+"""
+
+import argparse
+import functools
+import json
+import math
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What is quantized: nearly all there is, the matrices of Phi and of the ViT's blocks. The rest is
+# small or is looked up and not multiplied, and stays as exact as it was: the embeddings, norms,
+# biases and positions, the patch convolution, the Q-Former and the projection.
+QUANTIZED = re.compile(
+    r"phi\.layers\.\d+\.self_attn\.(qkv|dense)"
+    r"|phi\.layers\.\d+\.mlp\.fc[12]"
+    r"|phi\.lm_head"
+    r"|visual_encoder\.blocks\.\d+\.attn\.(qkv|proj)"
+    r"|visual_encoder\.blocks\.\d+\.mlp\.fc[12]"
+)
+TINY = torch.finfo(torch.float32).tiny  # the least scale, so that nothing is 0 / 0
+
+
+# ---- the idea ----
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> int8 (out, in) and fp32 scale (out,): weight is nearly int8 * scale.
+
+    The largest weight of a row becomes 127 or -127 and all are rounded to whole numbers, so that no
+    weight is off by more than scale / 2. A row of zeros stays one.
+    """
+    quantized = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), dtype=torch.float32)
+    if weight.is_meta:  # of a model that has shapes but no memory yet
+        return quantized, scales
+    # Part by part: what is worked on stays in the processor's cache.
+    for rows, numbers, scale in zip(*(whole.split(128) for whole in (weight, quantized, scales))):
+        rows = rows.float()
+        scale.copy_(rows.abs().amax(dim=1) / 127).clamp_(min=TINY)
+        numbers.copy_((rows / scale[:, None]).round_())
+    return quantized, scales
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """int8 (out, in) and scale (out,) -> fp32 (out, in)."""
+    return weight * scale[:, None]
+
+
+class Int8Linear(nn.Module):
+    """y = x Wᵀ + b, with W kept as int8 and one scale a row: what a quantized file holds."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight, scale = quantize_rows(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def naive(self, x: Tensor) -> Tensor:
+        """The definition: a whole matrix again, then an ordinary product."""
+        y = F.linear(x, dequantize(self.weight, self.scale).to(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same in bf16. Whole numbers up to 127 are exact in bf16, so W is multiplied without
+        its scale, and the result is scaled in fp32.
+
+        On a CPU up to 16 rows go to torch's kernel for int8 weights, which is slow for more; those
+        are multiplied by 1024 rows of W after the other, whose bf16 copies stay in the cache.
+        """
+        rows = x.flatten(0, -2).bfloat16()
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and len(rows) <= 16:
+            ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
+            y = torch._weight_int8pack_mm(rows, self.weight, ones)
+        else:
+            parts = self.weight.split(1024 if on_cpu else len(self.weight))
+            y = torch.cat([rows @ part.bfloat16().T for part in parts], dim=1)
+        y = y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def quantize_model(model: nn.Module) -> None:
+    """Replaces, in place, every linear layer that QUANTIZED lists, one after the other."""
+    for name in [name for name, _ in model.named_modules() if QUANTIZED.fullmatch(name)]:
+        model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+
+
+# ---- products in whole numbers ----
+# A CPU's int8 unit multiplies bytes and adds the products up without any error; so x has to become
+# bytes as well. One byte for a number is coarse: 127 steps up to the largest, and a product that is
+# off by about one percent. Two bytes are finer than bf16. For each number is n steps, and a whole
+# number is n = 256 * high + low (1000 = 256 * 4 - 24), with both between -128 and 127; and so
+#
+#     W n = 256 * (W high) + (W low)
+#
+# These are two rows in place of one, but W, on which everything waits, is read once for both: when
+# one token is decoded, the second byte is almost free.
+
+
+class PackedLinear(nn.Module):
+    """One or several linear layers of the same x as one product on the CPU's int8 unit.
+
+    x (..., in) -> (..., out) in fp32. num_bytes: 1 or 2 for each number of x; every row of x has a
+    step of its own, so that its largest number just fits. order: in which the rows of W are stored,
+    if not as they are. Where one byte would be too coarse, because a few numbers are much larger
+    than the others, it takes two. For CPUs only, and not to be moved or saved.
+    """
+
+    def __init__(self, linears: list[Int8Linear], num_bytes: int, order: Tensor | None = None):
+        super().__init__()
+        order = slice(None) if order is None else order
+        weight = torch.cat([linear.weight for linear in linears])[order]
+        self.scale = torch.cat([linear.scale for linear in linears])[order]
+        biases = [torch.zeros_like(linear.scale) if linear.bias is None else linear.bias.float()
+                  for linear in linears]  # fmt: skip
+        self.bias = torch.cat(biases)[order]
+        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)  # in the unit's own order
+        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
+        self.num_bytes = num_bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).float()
+        largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp(min=TINY)
+        num_bytes = self.num_bytes
+        if num_bytes == 1 and is_coarse(rows, largest / 127):
+            num_bytes = 2
+        step = largest / (127 * 256 ** (num_bytes - 1))
+        y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
+        if num_bytes == 2:
+            y = torch.add(y[: len(rows)], y[len(rows) :], alpha=256)
+        return torch.addcmul(self.bias, y, step).unflatten(0, x.shape[:-1])
+
+    def multiply(self, numbers: Tensor) -> Tensor:
+        """(n, in) of uint8, where 128 stands for 0 -> (n, out) in fp32."""
+        return torch.ops.onednn.qlinear_pointwise(
+            numbers, 1.0, 128, self.weight, self.scale, self.zero_points, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+
+OFFSETS = {1: torch.tensor(2.0**23 + 128), 2: torch.tensor(2.0**23 + 128 * 256 + 128)}
+
+
+def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
+    """rows (n, in) of fp32 as whole numbers of steps (n, 1) -> uint8 (num_bytes * n, in), first the
+    low bytes of all rows, then the high ones.
+
+    128 is added to each byte, which makes it unsigned, and 2^23 to the whole: from there on
+    neighbours in fp32 differ by one, so that the sum is rounded, and its lowest bytes are the whole
+    number that it was rounded to.
+    """
+    numbers = torch.addcdiv(OFFSETS[num_bytes], rows, step).view(torch.uint8)  # (n, 4 * in)
+    return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
+
+
+def is_coarse(rows: Tensor, step: Tensor) -> bool:
+    """Whether some row of (n, in) is rounded to steps (n, 1) with an error of more than 4 % of the
+    mean size of its numbers. The error, step / sqrt(12), is 1 % for numbers with a normal
+    distribution, and the larger the further the largest is from the others."""
+    mean = torch.linalg.vector_norm(rows, 1, dim=1, keepdim=True) / rows.shape[1]
+    return bool((step / math.sqrt(12) > 0.04 * mean).any())
+
+
+@functools.cache
+def has_int8_unit() -> bool:
+    """Whether this CPU multiplies bytes exactly. One without the instructions for it (VNNI) adds
+    pairs of products up in 16 bits, where the largest do not fit: so the largest are tried."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    linear = nn.Linear(128, 64, bias=False, device="meta")
+    linear.weight = nn.Parameter(torch.full((64, 128), 127.0))
+    try:
+        y = PackedLinear([Int8Linear(linear)], 2)(torch.ones(3, 128))
+    except (RuntimeError, AttributeError):  # a torch that was built without oneDNN
+        return False
+    return bool((y == 127 * 128).all())
+
+
+class Int8Block(nn.Module):
+    """model.Block on an int8 unit: the same sum, in three products and few operations between them.
+    Few, because the weights that stream through push everything else out of the processor's cache:
+    each small operation takes ten times as long as it would alone.
+
+    Attention and MLP read the same x, so [q | k | v | fc1] are one product. q and k are normalised
+    and rotated together, in place. The two channels that turn together lie side by side, as the
+    real and the imaginary part of one number: of 8 channels that all turn, 0 4 1 5 2 6 3 7.
+    """
+
+    def __init__(self, block: nn.Module, rotary_dim: int):
+        super().__init__()
+        attention, mlp = block.self_attn, block.mlp
+        self.layer, self.num_heads = attention.layer, attention.num_heads
+        self.attend, self.rotary_dim = attention.attend, rotary_dim
+        hidden_size = attention.dense.weight.shape[0]
+        channels = torch.arange(hidden_size // self.num_heads)  # of one head
+        turning, still = channels[:rotary_dim], channels[rotary_dim:]
+        channels = torch.cat([turning.view(2, -1).T.flatten(), still])
+        heads = torch.arange(2 * hidden_size).view(2 * self.num_heads, -1)[:, channels]  # of q, k
+        others = torch.arange(2 * hidden_size, 3 * hidden_size + len(mlp.fc1.weight))  # v, fc1
+        order = torch.cat([heads.flatten(), others])
+        self.qkv_fc1 = PackedLinear([attention.qkv, mlp.fc1], 2, order)
+        self.qkv_fc1_sizes = [3 * hidden_size, len(mlp.fc1.weight)]
+        self.dense, self.fc2 = PackedLinear([attention.dense], 2), PackedLinear([mlp.fc2], 2)
+        self.input_layernorm, self.post_layernorm = block.input_layernorm, block.post_layernorm
+        norms = attention.q_layernorm, attention.k_layernorm
+        self.eps = norms[0].eps
+        weights, biases = [n.weight[channels] for n in norms], [n.bias[channels] for n in norms]
+        self.qk_weight = torch.stack(weights)[:, None, None, None]  # (2, 1, 1, 1, head_dim)
+        self.qk_bias = torch.stack(biases)[:, None, None, None]
+
+    def forward(
+        self, x: Tensor, cos_sin: Tensor, mask: Tensor | None, cache: object = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As model.Block; cache: a model.KVCache."""
+        B, T, C = x.shape
+        qkv, up = self.qkv_fc1(self.input_layernorm(x)).split(self.qkv_fc1_sizes, dim=-1)
+        qkv = qkv.view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D)
+        qk = F.layer_norm(qkv[:2], qkv.shape[-1:], eps=self.eps)
+        qk = torch.addcmul(self.qk_bias, qk, self.qk_weight, out=qkv[:2])
+        turning = torch.view_as_complex(qk[..., : self.rotary_dim].unflatten(-1, (-1, 2)))
+        turning.mul_(torch.view_as_complex(cos_sin))
+        kv = qkv[1:] if cache is None else cache.update(self.layer, qkv[1:])
+        y = self.attend(qkv[0], *kv, mask, maps).transpose(1, 2).reshape(B, T, C)
+        attended = self.post_layernorm(self.dense(y))
+        return x + attended + self.fc2(F.gelu(up, approximate="tanh"))
+
+
+def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
+    """Makes the products of a quantized Phi ready for the int8 unit, in place, with two bytes a
+    number. release: called after each layer, to let go of the file that it lay in, so that the
+    weights are never in memory twice."""
+    phi.requires_grad_(False)
+    head_dim = phi.config.hidden_size // phi.config.num_heads
+    rotary_dim = int(phi.config.partial_rotary_factor * head_dim)
+    for number, block in enumerate(phi.layers):
+        if phi.config.qk_norm and phi.config.attn_norm:
+            phi.layers[number] = Int8Block(block, rotary_dim)
+        else:  # a study of TinyGPT-V without its norms
+            pack_layers(block, 2)
+        release()
+    phi.lm_head = PackedLinear([phi.lm_head], 2)
+    release()
+
+
+def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
+    """The same for the ViT, with one byte a number wherever that is not too coarse."""
+    vit.requires_grad_(False)
+    for block in vit.blocks:
+        pack_layers(block, 1)
+        release()
+
+
+def pack_layers(block: nn.Module, num_bytes: int) -> None:
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, Int8Linear):
+            block.set_submodule(name, PackedLinear([layer], num_bytes))
+
+
+# ---- from file to file ----
+
+
+def quantize_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a model as those of its quantized form: of what QUANTIZED lists int8 and
+    scale, some thousand rows after the other; all else unchanged."""
+    for name, tensor in tensors:
+        layer = name.removesuffix(".weight")
+        if layer == name or not QUANTIZED.fullmatch(layer):
+            yield name, tensor
+            continue
+        for rows in tensor.split(8192):
+            weight, scale = quantize_rows(rows)
+            yield name, weight
+            yield f"{layer}.scale", scale
+
+
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
+
+
+def write_tensors(
+    path: Path, expected: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """A safetensors file of tensors that come one by one, a tensor perhaps in parts; the library's
+    own writer wants them all at once.
+
+    expected: all of them on the meta device, for the table of names, types, shapes and places at
+    the beginning of the file. Raises ValueError if something of them does not come.
+    """
+    table, end = {}, 0
+    for name, like in sorted(expected.items(), key=lambda item: -item[1].element_size()):
+        table[name] = {"dtype": SAFETENSORS_NAMES[like.dtype], "shape": list(like.shape),
+                       "data_offsets": [end, end := end + like.nbytes]}  # fmt: skip
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        first = file.tell()
+        written = {name: row["data_offsets"][0] for name, row in table.items()}
+        for name, tensor in tensors:
+            file.seek(first + written[name])
+            numbers = tensor.to(expected[name].dtype).contiguous().flatten()
+            written[name] += file.write(numbers.view(torch.uint8).numpy())
+    missing = [name for name, row in table.items() if written[name] != row["data_offsets"][1]]
+    if missing:
+        raise ValueError(f"{len(missing)} tensors did not come as a whole, first {missing[0]}")
+
+
+def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
+    """Writes a quantized weights directory; returns what was read and written in words. Matrices
+    are read as fp16, which is how the official files have them."""
+    from model import open_quantized, write_config  # built on this file
+
+    if out.resolve().is_relative_to(weights.resolve()):
+        raise ValueError(f"--out {out} lies in {weights}, where it would count as weights of it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not an empty folder; say one that is new")
+    model, tensors = open_quantized(weights, stage)
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / "model.safetensors.tmp"
+    try:
+        write_tensors(part, model.state_dict(), tensors)
+        for path in model.tokenizer.files:
+            shutil.copy(path, out)
+        write_config(model.config, out, backbones=".")
+        size = part.stat().st_size
+        part.replace(out / "model.safetensors")
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    written = f"{out}: stage {model.stage}, {size:,} bytes"
+    return "\n".join(filter(None, [model.load_report, written]))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Quantize TinyGPT-V to int8.")
+    parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--stage", type=int, help="the last by default")
+    given = parser.parse_args(arguments)
+    try:
+        print(quantize_directory(given.weights, given.out, given.stage))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
