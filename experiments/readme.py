@@ -65,6 +65,7 @@ def score_table() -> str:
         "held-out pairs": "world_held_stage4",
         "test scenes, blind": "world_test_stage4_blind",
         "foreign pictures": "foreign_records_stage4",
+        "test scenes, int8": "world_test_stage4_weights-int8",
     }
     lines = [
         "| stage 4 on | pictures | caption F1 | VQA | refer | identify | detection F1 "
@@ -106,7 +107,10 @@ def speed_table() -> str:
     columns = {"token": "a token", "share": "of the bandwidth", "prefill": "prompt of 64 tokens",
                "picture_224": "picture, 224 px", "picture_448": "448 px",
                "caption": "picture to 20 words"}  # fmt: skip
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    head = (f"{speed['cpu']}, {speed['threads']} threads; a token reads "
+            f"{speed['gb_a_token']:.2f} GB of int8.")  # fmt: skip
+    lines = [head, "", "| | " + " | ".join(columns.values()) + " |",
+             "|---" * (len(columns) + 1) + "|"]  # fmt: skip
     for name, row in speed["variants"].items():
         cells = ["" if key not in row else f"{row[key]:.0%}" if key == "share"
                  else f"{row[key]:.3f} s" for key in columns]  # fmt: skip
@@ -116,10 +120,11 @@ def speed_table() -> str:
 
 def memory_table() -> str:
     lines = ["| weights | loaded | after an answer about 448 px | peak |", "|---|---|---|---|"]
-    for name, row in result("memory").items():
-        if "loaded" not in row:
-            continue
+    rows = result("memory")
+    made = rows.pop("quantize.py")
+    for name, row in rows.items():
         lines.append(f"| {name} | {row['loaded']} GB | {row['at_the_end']} GB | {row['peak']} GB |")
+    lines += ["", f"`quantize.py` took {made['seconds']} s and {made['peak']} GB for all of it."]
     return "\n".join(lines)
 
 
