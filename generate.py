@@ -199,8 +199,7 @@ def encode_images(model: TinyGPTV, images: Sequence[Image.Image]) -> Tensor | No
         return None
     distinct = {id(image): image for image in images}
     pixels = torch.stack([preprocess(image, model.image_size) for image in distinct.values()])
-    with autocast(model.qformer.layers[0].mlp.fc1.weight):
-        image_embeds = model.encode_images(pixels.to(model.phi.lm_head.weight.device))
+    image_embeds = model.encode_images(pixels.to(model.phi.lm_head.weight.device))
     places = list(distinct)
     return image_embeds[[places.index(id(image)) for image in images]]
 

@@ -419,7 +419,8 @@ class TinyGPTV(nn.Module):
 
     def encode_images(self, pixel_values: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """(num_images, 3, S, S) -> (num_images, num_queries, hidden_size of Phi)."""
-        return self.projector(self.qformer(self.visual_encoder(pixel_values), maps))
+        with autocast(self.qformer.layers[0].mlp.fc1.weight):
+            return self.projector(self.qformer(self.visual_encoder(pixel_values), maps))
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor,

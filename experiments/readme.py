@@ -128,6 +128,14 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def agreement() -> str:
+    """How many answers of the quantized miniature are those of the miniature itself."""
+    found = result("agreement")
+    shares = ", ".join(f"{task} {share:.0%}" for task, share in found["by_task"].items())
+    return (f"Of {found['questions']:,} greedy answers about test scenes {found['same']:.1%} "
+            f"are the very same: {shares}.")  # fmt: skip
+
+
 def described() -> str:
     """What the first command prints."""
     command = [sys.executable, "generate.py", "--img", "assets/shapes.png"]
@@ -150,6 +158,7 @@ def main() -> None:
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
     text = put(text, "size", size_table())
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())
+    text = put(text, "agreement", agreement())
     path.write_text(text, "utf-8")
 
 
