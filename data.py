@@ -16,9 +16,11 @@ import os.path
 import random
 import re
 import warnings
+from array import array
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -32,12 +34,13 @@ IMAGE_PLACEHOLDER = "<ImageHere>"  # in prompts: the place of one picture
 IGNORE = -100  # in labels: no target
 
 # ---- pictures ----
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS, MAX_SIDE = 100_000_000, 65_535
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | BinaryIO) -> Image.Image:
     """Read a picture as it is meant to be seen: upright, on white, RGB, the first frame.
 
     (The official code ignores EXIF rotation and transparency.) ValueError gives path and reason.
@@ -311,26 +314,45 @@ def _is_like(value: object, example: object, words: Callable[[str], str]) -> boo
     return type(value) in (int, float)
 
 
-def read_records(path: str | Path) -> list[dict]:
+class RecordFile(Sequence):
+    """Records of a JSON Lines file, each read when it is asked for: some files have millions."""
+
+    def __init__(self, path: Path, starts: Sequence[int]):
+        self.path, self.starts = path, starts  # where in the file each record begins
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, n: int) -> dict:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[n])  # checked again: the file may have changed since
+            return _read_record(file.readline(), str(self.path), self.path.parent, set())
+
+
+def read_records(path: str | Path) -> RecordFile:
     """Records of a JSON Lines file, their image paths joined to its folder.
 
     The whole file is checked first: ValueError names up to five bad lines. A picture must exist
     and lie in the folder of the file or below it.
     """
-    records, errors = [], []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            if line.strip():
-                records.append(_read_record(line, f"line {number}", Path(path).parent))
-        except ValueError as error:
-            errors.append(str(error))
-    if errors or not records:
+    starts, start, errors, pictures = array("q"), 0, [], set()
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    _read_record(line, f"line {number}", Path(path).parent, pictures)
+                    starts.append(start)
+            except ValueError as error:
+                errors.append(str(error))
+            start += len(line)
+    if errors or not starts:
         reasons = "; ".join(errors[:5]) or "there are no records in it"
         raise ValueError(f"{path} has {len(errors)} bad lines: {reasons}")
-    return records
+    return RecordFile(Path(path), starts)
 
 
-def _read_record(line: bytes, where: str, folder: Path) -> dict:
+def _read_record(line: bytes, where: str, folder: Path, pictures: set[str]) -> dict:
+    """pictures: those that were looked for and found, to which the record's is added."""
     try:
         record = json.loads(line.decode("utf-8-sig"))  # a BOM may stand before the first
     except ValueError as error:
@@ -339,9 +361,37 @@ def _read_record(line: bytes, where: str, folder: Path) -> dict:
     if "image" in record:
         name, record["image"] = record["image"], str(folder / record["image"])
         outside = os.path.isabs(name) or os.path.normpath(name).startswith("..")
-        if outside or not os.path.isfile(record["image"]):
+        if name not in pictures and (outside or not os.path.isfile(record["image"])):
             raise ValueError(f"{where}: the image {name} is not in the folder of the file or below")
+        pictures.add(name)
     return record
+
+
+def read_folder(path: str | Path) -> list[dict]:
+    """Caption records of the pictures in a folder or below it: a.txt tells what is in a.jpg.
+
+    ValueError names up to five pictures and texts that lack the other, or have nothing to say.
+    """
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    alone = texts.keys() - {picture.with_suffix("") for picture in pictures}
+    records, errors = [], [f"{texts[stem]} has no picture beside it" for stem in sorted(alone)]
+    for picture in pictures:
+        text = texts.get(picture.with_suffix(""))
+        if text is None:
+            errors.append(f"{picture} has no .txt beside it")
+            continue
+        try:
+            caption = text.read_text("utf-8-sig").strip()
+            records.append({"image": str(picture), "task": "caption", "caption": caption})
+            validate_record(records[-1], "its record")
+        except ValueError as error:
+            errors.append(f"{text}: {error}")
+    if errors or not records:
+        reasons = "; ".join(errors[:5]) or "there are no pictures in it"
+        raise ValueError(f"{path} has {len(errors)} bad pictures or texts: {reasons}")
+    return records
 
 
 def make_sample(
@@ -486,20 +536,25 @@ class RecordDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, position: int) -> dict:
-        skipped: list[str] = []
-        for place in range(position, position + 20):
-            record = self._record(place)
-            try:
-                image = load_image(record["image"]) if "image" in record else None
-                rng = random.Random(f"{self.seed} {position}")
-                return encode_record(record, image, rng, *self.encoding) | {"skipped": skipped}
-            except ValueError as error:
-                skipped.append(str(error))
-        raise ValueError(f"20 records in a row cannot be used; the first: {skipped[0]}")
+        return usable_row(self._row, range(position, position + 20))
 
-    def _record(self, position: int) -> dict:
+    def _row(self, position: int) -> dict:
         epoch, place = divmod(position, len(self.records))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
-        return self.records[self._order[place]]
+        record = self.records[self._order[place]]
+        image = load_image(record["image"]) if "image" in record else None
+        rng = random.Random(f"{self.seed} {position}")
+        return encode_record(record, image, rng, *self.encoding)
+
+
+def usable_row(row_of: Callable[[int], dict], positions: Sequence[int]) -> dict:
+    """The row of the first position that has one; its "skipped" says why those before have not."""
+    skipped: list[str] = []
+    for position in positions:
+        try:
+            return row_of(position) | {"skipped": skipped}
+        except ValueError as error:
+            skipped.append(str(error))
+    raise ValueError(f"{len(skipped)} records in a row cannot be used; the first: {skipped[0]}")

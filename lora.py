@@ -31,7 +31,7 @@ class LoRAConfig:
 
 LORA_PRESETS = {
     "full": LoRAConfig(r=64, alpha=16),
-    "mini": LoRAConfig(r=8, alpha=16),
+    "mini": LoRAConfig(r=8, alpha=2),
 }
 
 # What TinyGPT-V adapts: in each Phi layer the fused q|k|v projection and the attention's output.

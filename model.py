@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -282,12 +283,14 @@ class Phi(nn.Module):
         return self.final_layernorm(x)
 
     def loss(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy over all labels (B, T) but -100; token t predicts label t + 1."""
+        """Mean cross entropy over all labels (B, T) but -100, 0 if there are none; token t predicts
+        label t + 1."""
         hidden = self(inputs_embeds, attention_mask)
         targets = labels[:, 1:]
         labelled = targets != -100
         logits = self.lm_head(hidden[:, :-1][labelled])  # (labelled tokens, vocab_size)
-        return F.cross_entropy(logits.float(), targets[labelled])
+        total = F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+        return total / labelled.sum().clamp(min=1)
 
     def init_weights(self) -> None:
         """Weights for training from scratch: normal, Phi-2's 0.02 at width 2560; biases zero."""
@@ -534,11 +537,14 @@ def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensor
         require(tensors, set(expected), folder)
         yield from tensors.items()
         return
-    own = new_projector(model.config.projector)
     if model.stage > 0:
         own = read_tensors(folder / "model.safetensors", "", expected, copy)
         require(own, {name for name in expected if is_trainable(name)}, folder)
         model.carried = {name for name in own if not is_trainable(name)}
+    else:  # the first half of the projection has a history, the second begins
+        path = model.backbones / "projection.safetensors"
+        own = new_projector(model.config.projector)
+        own |= read_tensors(path, "projector.", expected, copy)
     yield from own.items()
     if is_official(model.backbones):
         from official.load import read_backbones
@@ -657,17 +663,33 @@ def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
-    """Writes config.json and model.safetensors, each first to a temporary file, so that a crash
-    never leaves half of one. The frozen tensors of the backbones stay where they are, in
-    `model.backbones`, to which config.json points."""
+    """Writes config.json and model.safetensors. The frozen tensors of the backbones stay where
+    they are, in `model.backbones`, to which config.json points."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.checkpoint_tensors(), folder / "model.safetensors.tmp")
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    with replace_file(folder / "model.safetensors") as path:
+        save_file(model.checkpoint_tensors(), path)
     write_config(model.config, folder, os.path.relpath(model.backbones, folder))
 
 
 def write_config(config: ModelConfig, folder: Path, backbones: str) -> None:
     text = json.dumps(asdict(config) | {"backbones": backbones}, indent=2)
-    (folder / "config.json.tmp").write_text(text + "\n", "utf-8")
-    os.replace(folder / "config.json.tmp", folder / "config.json")
+    with replace_file(folder / "config.json") as path:
+        path.write_text(text + "\n", "utf-8")
 
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary file to write into, which takes the place of `path` when all of it is on the
+    disk: whatever happens, `path` is the old file or the new one. Raises OSError if the writing
+    fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # by who writes
+            raise OSError(f"cannot write {path} ({error}); nothing else has changed") from error
+        raise

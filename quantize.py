@@ -334,7 +334,7 @@ def write_tensors(
 def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
     """Writes a quantized weights directory; returns what was read and written in words. Matrices
     are read as fp16, which is how the official files have them."""
-    from model import open_quantized, write_config  # built on this file
+    from model import open_quantized, replace_file, write_config  # built on this file
 
     if out.resolve().is_relative_to(weights.resolve()):
         raise ValueError(f"--out {out} lies in {weights}, where it would count as weights of it")
@@ -342,17 +342,12 @@ def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
         raise ValueError(f"--out {out} is not an empty folder; say one that is new")
     model, tensors = open_quantized(weights, stage)
     out.mkdir(parents=True, exist_ok=True)
-    part = out / "model.safetensors.tmp"
-    try:
-        write_tensors(part, model.state_dict(), tensors)
-        for path in model.tokenizer.files:
-            shutil.copy(path, out)
+    with replace_file(out / "model.safetensors") as path:
+        write_tensors(path, model.state_dict(), tensors)
+        for file in model.tokenizer.files:
+            shutil.copy(file, out)
         write_config(model.config, out, backbones=".")
-        size = part.stat().st_size
-        part.replace(out / "model.safetensors")
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        size = path.stat().st_size
     written = f"{out}: stage {model.stage}, {size:,} bytes"
     return "\n".join(filter(None, [model.load_report, written]))
 

@@ -2,7 +2,9 @@
 
     python train.py stage=1                      the miniature, on its own world
     python train.py stage=4 data=mine.jsonl      your pictures: data.py tells the format
-    python train.py stage=2 preset=full weights=DIR data=FILE
+    python train.py stage=4 from_stage=4 data=mine.jsonl       on top of the finished model
+    python train.py stage=2 preset=full weights=DIR data=DIR
+    torchrun --nproc-per-node 2 train.py ...     on several GPUs or machines
 
 Everything after `train.py` is a field of TrainConfig as key=value. What each stage learns:
 
@@ -13,41 +15,58 @@ Everything after `train.py` is a field of TrainConfig as key=value. What each st
 
 ViT, Q-Former and Phi's own weights stay frozen throughout: 45 million parameters of 3.9 billion
 move. Stage 1 begins from the backbones, every other stage from the one before it.
+
+A run can be stopped at any moment, by Ctrl-C or by force, and goes on with resume=1 as if nothing
+had happened: what a step does depends on the weights, the optimizer and the step's number alone.
 """
 
 import difflib
 import itertools
-import json
 import math
+import os
+import pickle
 import random
-import resource
+import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from data import RecordDataset, collate, read_records
+from data import IGNORE, RecordDataset, collate, read_folder, read_records
+from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import TinyGPTV, autocast, half_dtype, is_trainable, save_checkpoint
+from model import TinyGPTV, autocast, half_dtype, is_trainable, replace_file, save_checkpoint
+from official.stream import folder_mixture, has_mixture
 
 
 @dataclass
 class TrainConfig:
     stage: int = 0  # 1 to 4
     preset: str = "mini"  # or "full"
-    weights: str = "miniature/weights"  # with the backbones and the stage before
-    data: str = "world"  # a record file, or "world": the miniature's, made on the fly
+    weights: str = "miniature/weights"  # with the backbones and the stage to begin from
+    from_stage: int = -1  # default: the one before; the same, to go on with data of your own
+    data: str = "world"  # a record file, a folder, or "world": the miniature's, made on the fly
+    allow_missing: bool = False  # go on without the datasets of the mixture that the folder lacks
     out: str = ""  # default: runs/stage1 ... runs/stage4
+    resume: bool = False  # go on with the run in `out`
     steps: int = 0  # default: the schedule's
-    batch_size: int = 0  # default: the schedule's
+    batch_size: int = 0  # of each process; default: the schedule's or the mixture's
+    micro_batch_size: int = 0  # so many samples at a time; default: all
+    clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
+    precision: str = ""  # of products: bf16, fp16, fp32; default: the fastest of the device
+    checkpointing: bool = False  # compute Phi's layers again in the backward pass: less memory
+    compile: bool = False  # torch.compile Phi's layers: minutes of preparation, then faster
+    save_every: int = 500  # steps
     device: str = "cpu"
     num_workers: int = 2  # processes that make batches
     seed: int = 42
@@ -64,6 +83,15 @@ class Schedule:
     lr: float
     min_lr: float
 
+    @property
+    def steps(self) -> int:
+        return self.cycles * self.epochs * self.steps_per_epoch
+
+    def position(self, step: int) -> tuple[int, int, int]:
+        """The cycle and the epoch that a step lies in, and its number in the epoch."""
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        return *divmod(epoch, self.epochs), in_epoch
+
 
 # The official numbers. Stage 1 is run 17 times (the paper: 17 x 1000 steps). Stage 4 ends at a
 # higher rate than it begins with: that is what was published, and what the code does.
@@ -78,7 +106,7 @@ SCHEDULES = {
         1: Schedule(1, 1, 300, 32, 50, 1e-5, 2e-3, 1e-4),
         2: Schedule(1, 1, 200, 32, 30, 1e-5, 1e-3, 1e-4),
         3: Schedule(1, 1, 200, 32, 30, 1e-5, 1e-3, 1e-4),
-        4: Schedule(1, 1, 700, 16, 50, 1e-5, 2e-3, 5e-5),
+        4: Schedule(1, 1, 700, 16, 50, 1e-5, 1.5e-3, 5e-5),
     },
 }
 
@@ -161,20 +189,47 @@ def mixture_batches(
             yield [(which, place) for place in range(first + rank, used[which], world_size)]
 
 
-def batches(config: TrainConfig, schedule: Schedule, model: TinyGPTV) -> Iterator[dict]:
-    """Batches for ever, made in worker processes while the model computes."""
+def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
+    """The datasets that a stage learns from, how often each is drawn, and its batch size."""
     encoding = (config.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries)
     if config.data == "world":
         datasets, ratios = world_mixture(*encoding, seed=config.seed)
+    elif has_mixture(config.data):
+        datasets, ratios, batch_sizes = folder_mixture(
+            config.data, *encoding, config.seed, config.allow_missing
+        )
+        return datasets, ratios, [config.batch_size or size for size in batch_sizes]
     else:
-        records = read_records(config.data)
-        datasets, ratios = [RecordDataset(records, *encoding, seed=config.seed)], [1.0]
-    keys = mixture_batches(ratios, [schedule.batch_size] * len(ratios), config.seed)
+        read = read_folder if os.path.isdir(config.data) else read_records
+        datasets, ratios = [RecordDataset(read(config.data), *encoding, seed=config.seed)], [1.0]
+    return datasets, ratios, [batch_size] * len(datasets)
+
+
+def micro_batches(rows: list[dict], size: int, pad_id: int) -> list[dict]:
+    """The rows of a step in batches of at most `size`, or in one if it is 0."""
+    size = size or len(rows)
+    return [collate(rows[n : n + size], pad_id) for n in range(0, len(rows), size)]
+
+
+def batches(
+    config: TrainConfig, batch_size: int, model: TinyGPTV, start: int, rank: int, world_size: int
+) -> Iterator[list[dict]]:
+    """The micro-batches of each step from `start` on, made in worker processes while the model
+    computes."""
+    datasets, ratios, sizes = open_data(config, batch_size, model)
+    keys = mixture_batches(ratios, sizes, config.seed, start, rank, world_size)
+    pad_id = model.tokenizer.pad_token_id
     loader = DataLoader(
         MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
-        collate_fn=partial(collate, pad_id=model.tokenizer.pad_token_id),
+        collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),
+        worker_init_fn=ignore_interrupts,
     )  # fmt: skip
     return iter(loader)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the workers, too; it is for the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch: dict, device: str) -> dict:
@@ -183,145 +238,262 @@ def to_device(batch: dict, device: str) -> dict:
     return {name: batch[name].to(device) for name in names if name in batch}
 
 
-# ---- the loop ----
+def num_labels(batch: dict) -> int:
+    """How many tokens a batch is judged by; the first of a row has none before it to predict it."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
-def train(config: TrainConfig) -> None:
-    """One stage from beginning to end; writes config.json, model.safetensors and log.jsonl."""
-    torch.manual_seed(config.seed)
-    out = Path(config.out or f"runs/stage{config.stage}")
-    bf16 = has_bf16(config.device)
-    dtype = torch.bfloat16 if bf16 else torch.float32  # of what stays frozen
-    model = TinyGPTV.from_pretrained(config.weights, config.stage - 1, config.device, dtype)
+# ---- several processes ----
+
+
+def join_processes(device: str) -> tuple[str, int, int]:
+    """Joins the processes that torchrun has started, one a GPU: this one's device, its number
+    among them and how many there are. On its own: the device, 0 and 1."""
+    if "WORLD_SIZE" not in os.environ:
+        return device, 0, 1
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def add_up(values: list[float], device: str) -> list[float]:
+    """The sums of each value over all processes."""
+    if not dist.is_initialized():
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# ---- one step ----
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    micro: list[dict], lr: float, clip: float = 0.0,
+) -> tuple[float, float]:  # fmt: skip
+    """One step of AdamW; the loss before it and the norm of its gradient. Nothing has changed if
+    either is not finite.
+
+    micro: the micro-batches of this process, on its device. Loss and gradient are the mean over
+    the labelled tokens of all of them in all processes, however they are divided. Products are in
+    the frozen weights' precision; what is trained, its gradients and the norms are fp32.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    device = plain.phi.lm_head.weight.device
+    counts = [num_labels(batch) for batch in micro]
+    [all_labels] = add_up([sum(counts)], device)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    total = 0.0
+    for n, (batch, count) in enumerate(zip(micro, counts), 1):
+        # DistributedDataParallel adds up gradients in the last backward pass of a step alone.
+        alone = model is plain or n == len(micro)
+        with autocast(plain.phi.lm_head.weight), nullcontext() if alone else model.no_sync():
+            loss = model(**batch) * (count / max(1, all_labels))
+            scaler.scale(loss * processes).backward()  # times processes: it takes their mean
+        total += loss.item()
+    [total] = add_up([total], device)
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in trained if p.grad is not None]  # none where text has no picture
+    norm = nn.utils.get_total_norm(grads)
+    if math.isfinite(total) and math.isfinite(norm) and all_labels > 0:
+        if clip:
+            nn.utils.clip_grads_with_norm_(trained, clip, norm)
+        scaler.step(optimizer)
+    scaler.update()
+    return total if all_labels else math.nan, norm.item()
+
+
+# ---- a run, and how it goes on ----
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What may change when a run goes on; all else would make another run of it.
+MAY_CHANGE = ("weights", "data", "resume", "checkpointing", "compile", "save_every", "device",
+              "num_workers")  # fmt: skip
+
+
+def fastest_precision(device: str) -> str:
+    """bf16 where the device multiplies it in hardware; else fp16 on a GPU, fp32 on a CPU."""
+    if device.startswith("cuda"):
+        return "bf16" if half_dtype(device) == torch.bfloat16 else "fp16"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The config with what was left open decided."""
+    return replace(
+        config, out=config.out or f"runs/stage{config.stage}",
+        from_stage=config.stage - 1 if config.from_stage < 0 else config.from_stage,
+        precision=config.precision or fastest_precision(config.device),
+    )  # fmt: skip
+
+
+def schedule_of(config: TrainConfig) -> Schedule:
+    """The stage's schedule; with config.steps the same in one cycle of so many steps."""
+    schedule = SCHEDULES[config.preset][config.stage]
+    schedule = replace(schedule, batch_size=config.batch_size or schedule.batch_size)
+    if config.steps:
+        return replace(schedule, cycles=1, epochs=1, steps_per_epoch=config.steps)
+    return schedule
+
+
+def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device: str) -> TinyGPTV:
+    """The model of an earlier stage, made ready for this one. trained: what this one has learned so
+    far, if it goes on."""
+    torch.manual_seed(config.seed)  # of what has no weights yet
+    dtype = PRECISIONS[config.precision]
+    model = TinyGPTV.from_pretrained(config.weights, config.from_stage, device, dtype)
     if model.config.int8:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
-    model.to(config.device).train()  # to the device again: LoRA is new
-    schedule = SCHEDULES[config.preset][config.stage]
-    schedule.batch_size = config.batch_size or schedule.batch_size
-    if config.steps:
-        schedule.cycles, schedule.epochs, schedule.steps_per_epoch = 1, 1, config.steps
-    if model.load_report:
-        print(model.load_report, file=sys.stderr)
-    print(summary(model, schedule) + f", products in {'bf16' if bf16 else 'fp32'}")
-
-    log = RunLog(out, model.config.phi.vocab_size)
-    stream = batches(config, schedule, model)
-    epochs = [(c, e) for c in range(schedule.cycles) for e in range(schedule.epochs)]
-    for cycle, epoch in epochs:
-        if epoch == 0:
-            optimizer = torch.optim.AdamW(optimizer_groups(model, weight_decay=0.05))
-        bar = tqdm(range(schedule.steps_per_epoch), desc=f"stage {config.stage} {cycle}.{epoch}")
-        for step in bar:
-            lr = learning_rate(schedule, epoch, step)
-            batch = log.wait_for(stream)
-            loss, grad_norm = train_step(model, optimizer, to_device(batch, config.device), lr)
-            log.write(bar, batch, loss=loss, lr=lr, grad_norm=grad_norm)
-        save_checkpoint(model, out)
-    print(log.closing_words())
-    print(f"saved {out}/model.safetensors; try: python generate.py --weights {out} --img x.jpg")
+    model.load_state_dict(trained, strict=False)
+    for block in model.phi.layers:
+        if config.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+    return model.to(device).train()  # to the device again: LoRA is new
 
 
-def has_bf16(device: str) -> bool:
-    """Whether the device multiplies bf16 in hardware, about twice as fast as fp32."""
-    if device.startswith("cuda"):
-        return half_dtype(device) == torch.bfloat16
-    return device == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+def new_optimizer(model: TinyGPTV) -> torch.optim.AdamW:
+    return torch.optim.AdamW(optimizer_groups(model, weight_decay=0.05))
 
 
-def train_step(
-    model: TinyGPTV, optimizer: torch.optim.Optimizer, batch: dict, lr: float
-) -> tuple[float, float]:
-    """One step of AdamW; returns the loss before it and the norm of the gradient. Products are in
-    the frozen weights' precision; what is trained, its gradients and the norms are fp32."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with autocast(model.phi.lm_head.weight):
-        loss = model(**batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in trainable if p.grad is not None]  # none where text has no picture
-    grad_norm = nn.utils.get_total_norm(grads)
-    if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
-        raise ValueError(f"the loss is {loss.item()}, its gradient's norm {grad_norm.item()}")
-    optimizer.step()
-    return loss.item(), grad_norm.item()
+def save_state(
+    config: TrainConfig, world_size: int, step: int, model: TinyGPTV,
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+) -> None:  # fmt: skip
+    """model.safetensors for use, and train_state.pt with all that the run needs to go on, the same
+    weights too: so there is no moment at which one file fits and the other does not. The order of
+    samples and dropout follow from the step's number."""
+    save_checkpoint(model, Path(config.out))
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    state = {
+        "config": asdict(config), "world_size": world_size, "step": step, "model": trained,
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+    }  # fmt: skip
+    with replace_file(Path(config.out) / "train_state.pt") as path:
+        torch.save(state, path)
 
 
-class RunLog:
-    """Tells a run's progress: the bar, a line of log.jsonl each step, and a few words."""
-
-    def __init__(self, out: Path, vocab_size: int):
-        out.mkdir(parents=True, exist_ok=True)
-        self.file = open(out / "log.jsonl", "w", encoding="utf-8")
-        self.chance = math.log(vocab_size)
-        self.steps = self.truncated = 0
-        self.skipped: list[str] = []
-        self.began = self.last = time.time()
-        self.waited = 0.0
-
-    def wait_for(self, stream: Iterator[dict]) -> dict:
-        """The next batch; the time that it keeps the model waiting is counted."""
-        began = time.time()
-        batch = next(stream)
-        self.waited += time.time() - began
-        return batch
-
-    def write(self, bar: tqdm, batch: dict, loss: float, lr: float, grad_norm: float) -> None:
-        now = time.time()
-        seconds, self.last = now - self.last, now
-        if self.steps == 0:
-            bar.write(
-                f"first loss {loss:.3f}; guessing among all tokens would be ln(vocabulary) = "
-                f"{self.chance:.3f}"
-            )
-        self.steps += 1
-        self.truncated += batch["truncated"]
-        self.skipped += batch["skipped"]
-        for reason in batch["skipped"]:
-            bar.write(f"skipped: {reason}")
-        tokens = int(batch["attention_mask"].sum())
-        record = {
-            "step": self.steps, "loss": round(loss, 4), "lr": lr, "grad_norm": round(grad_norm, 4),
-            "tokens_per_second": round(tokens / seconds), "seconds": round(now - self.began, 1),
-            "peak_memory_gb": round(peak_memory_gb(), 3),
-        }  # fmt: skip
-        print(json.dumps(record), file=self.file, flush=True)
-        samples = len(batch["input_ids"]) / seconds
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", samples_per_second=f"{samples:.0f}")
-
-    def closing_words(self) -> str:
-        seconds = time.time() - self.began
-        waited = f"{self.waited / seconds:.0%} of it waiting for data"
-        words = f"{self.steps} steps in {seconds:.0f} s, {waited}"
-        if self.truncated:
-            words += f"; {self.truncated} answers were cut at the stage's longest length"
-        if self.skipped:
-            words += f"; {len(self.skipped)} records were skipped"
-        return words
+def read_state(config: TrainConfig, world_size: int) -> dict:
+    """What save_state wrote. Raises ValueError if it is of another run, or if there is none."""
+    path = Path(config.out) / "train_state.pt"
+    if not path.exists():
+        raise ValueError(f"there is no {path}: {config.out} holds no run that could go on")
+    try:
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start again without resume=1") from error
+    before, now = (c | {"processes": n} for c, n in ((state["config"], state["world_size"]),
+                                                     (asdict(config), world_size)))  # fmt: skip
+    changed = [f"{key}={before[key]}" for key in now if key not in MAY_CHANGE
+               and before[key] != now[key]]  # fmt: skip
+    if changed:
+        raise ValueError(f"the run in {config.out} has {', '.join(changed)}; say the same to go on")
+    return state
 
 
-def peak_memory_gb() -> float:
-    """The most memory held so far: of the GPU if there is one in use, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and the request to end are noted in a list, so that a step is not torn in two; the
+    second one ends the process at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def summary(model: TinyGPTV, schedule: Schedule) -> str:
+def finish(config: TrainConfig) -> None:
+    """Leaves what will be used, and a picture of the losses of this run and stages beside it."""
+    out = Path(config.out).absolute()
+    (out / "train_state.pt").unlink()
+    logs = {out / "log.jsonl", *out.parent.glob("stage[1-4]/log.jsonl")}
+    draw_losses([log.parent for log in sorted(logs)], out / "loss.png")
+    print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
+          "--img x.jpg")  # fmt: skip
+
+
+def counts_of(micro: list[dict]) -> list[int]:
+    """Samples, tokens, answers that were cut and records that were skipped."""
+    keys = [[len(b["labels"]), int(b["attention_mask"].sum()), b["truncated"], len(b["skipped"])]
+            for b in micro]  # fmt: skip
+    return [sum(column) for column in zip(*keys)]
+
+
+def summary(model: TinyGPTV, schedule: Schedule, precision: str) -> str:
     """How many parameters each part has, how many learn, and what lies ahead."""
     counts = {name: sum(p.numel() for p in part.parameters())
               for name, part in model.named_children()}  # fmt: skip
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    steps = schedule.cycles * schedule.epochs * schedule.steps_per_epoch
     return (
         " + ".join(f"{name} {count:,}" for name, count in counts.items())
         + f" = {sum(counts.values()):,} parameters, of which {sum(trainable):,} in "
-        f"{len(trainable)} tensors learn; {steps} steps of {schedule.batch_size} samples at "
-        f"{model.image_size} pixels"
+        f"{len(trainable)} tensors learn; {schedule.steps} steps of {schedule.batch_size} samples "
+        f"at {model.image_size} pixels, products in {precision}"
     )
+
+
+def train(config: TrainConfig) -> int:
+    """One stage from beginning to end, or on from where it was stopped (config.resume). Writes
+    config.json, model.safetensors, log.jsonl and loss.png into config.out, and train_state.pt
+    until it is done. Returns 0, or the number of the signal that stopped it."""
+    config = settled(config)
+    device, rank, world_size = join_processes(config.device)
+    log = RunLog(Path(config.out), config.resume, quiet=rank > 0)
+    state = read_state(config, world_size) if config.resume else {"step": 0, "model": {}}
+    start, schedule = state["step"], schedule_of(config)
+    model = prepare_model(config, state["model"], device)
+    runner = model
+    if world_size > 1:  # without a picture the projections have no gradient
+        runner = DistributedDataParallel(model, find_unused_parameters=True)
+    stream = batches(config, schedule.batch_size, model, start, rank, world_size)
+    optimizer = new_optimizer(model)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=config.precision == "fp16")
+    if config.resume:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    log.tell(model.load_report)
+    log.tell(summary(model, schedule, config.precision))
+    bar = log.begin(start, schedule.steps, model.config.phi.vocab_size)
+    with noted_signals() as signals:
+        for step in bar:
+            cycle, epoch, in_epoch = schedule.position(step)
+            if epoch == in_epoch == 0:  # every cycle begins with a new one
+                optimizer = new_optimizer(model)
+            torch.manual_seed(config.seed + step * world_size + rank)  # of this step's dropout
+            micro = log.wait_for(stream)
+            lr = learning_rate(schedule, epoch, in_epoch)
+            on_device = [to_device(batch, device) for batch in micro]
+            loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.clip)
+            *counts, stopped = add_up([*counts_of(micro), len(signals)], device)
+            log.write(bar, step + 1, loss, lr, norm, counts)
+            if stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps:
+                if rank == 0:
+                    save_state(config, world_size, step + 1, model, optimizer, scaler)
+            if stopped:
+                log.tell(f"stopped after step {step + 1}; add resume=1 to go on")
+                return signals[0] if signals else signal.SIGTERM
+    log.tell(log.closing_words(schedule.steps - start))
+    if rank == 0:
+        finish(config)
+    return 0
 
 
 # ---- the command line ----
@@ -338,10 +510,10 @@ def key_values(arguments: list[str], config_class: type) -> dict:
             near = difflib.get_close_matches(key.lstrip("-"), types, 1, 0.0)[0]
             raise ValueError(f"{argument}: no such option; did you mean {near}=...?")
         try:
-            given[key] = types[key](value)
-        except ValueError:
-            kind = types[key].__name__
-            raise ValueError(f"{argument}: {value!r} is not of type {kind}") from None
+            given[key] = {"1": True, "0": False}[value] if types[key] is bool else types[key](value)
+        except (ValueError, KeyError):
+            kind = "1 or 0" if types[key] is bool else f"of type {types[key].__name__}"
+            raise ValueError(f"{argument}: {value!r} is not {kind}") from None
     return given
 
 
@@ -350,8 +522,14 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     config = TrainConfig(**key_values(arguments, TrainConfig))
     if config.stage not in (1, 2, 3, 4):
         raise ValueError(f"stage={config.stage}: say stage=1, 2, 3 or 4")
+    if config.from_stage > config.stage:
+        raise ValueError(f"from_stage={config.from_stage}: stage {config.stage} can't follow it")
     if config.preset not in SCHEDULES:
         raise ValueError(f"preset={config.preset}: choose from {', '.join(SCHEDULES)}")
+    if config.precision not in ("", *PRECISIONS):
+        raise ValueError(f"precision={config.precision}: choose from {', '.join(PRECISIONS)}")
+    if config.save_every < 1:
+        raise ValueError(f"save_every={config.save_every}: say after how many steps to save")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU here; leave it out to use the CPU")
     return config
@@ -359,11 +537,21 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 def main(arguments: list[str]) -> int:
     try:
-        train(parse_arguments(arguments))
+        stopped_by = train(parse_arguments(arguments))
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    except torch.OutOfMemoryError as error:
+        told = f"train.py: out of memory ({str(error).splitlines()[0]}). checkpointing=1 and "
+        print(told + "micro_batch_size=1 need less; they change only the time", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped before the first step", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 128 + stopped_by if stopped_by else 0
 
 
 if __name__ == "__main__":

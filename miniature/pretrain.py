@@ -1,13 +1,14 @@
 """Makes the miniature's backbones: what stands in for the pre-training of EVA, BLIP-2 and Phi-2.
 
-    python miniature/pretrain.py                     all three parts, one after the other
-    python miniature/pretrain.py part=vision         one of: tokenizer, vision, language
+    python miniature/pretrain.py                     all parts, one after the other
+    python miniature/pretrain.py part=vision         one of: tokenizer, vision, projection, language
 
 tokenizer   a byte-level BPE from the world's texts (bpe.py), a few seconds
 vision      ViT and Q-Former together learn to write scenes out (pretrain_vision.py)
+projection  the first of the two linear maps behind them (pretrain_projection.py), a minute
 language    Phi learns the world's texts without pictures (pretrain_language.py)
 
-The two long parts can run side by side. They overwrite miniature/weights, on which the shipped
+The two long parts, vision and language, can run side by side. They overwrite miniature/weights, on which the shipped
 stages stand: train those anew afterwards. No scene of theirs returns in stages 1 to 4, and none has
 a held-out pair of shape and color; but half of the pictures have their color channels shuffled, and
 then no color is told.
@@ -22,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from miniature.bpe import pretrain_tokenizer
 from miniature.pretrain_language import pretrain_language
+from miniature.pretrain_projection import pretrain_projection
 from miniature.pretrain_vision import pretrain_vision
 from model import ModelConfig
 
 PARTS = {
     "tokenizer": pretrain_tokenizer,
     "vision": pretrain_vision,
+    "projection": pretrain_projection,
     "language": pretrain_language,
 }
 
@@ -36,8 +39,8 @@ def main(arguments: list[str]) -> int:
     out = Path(__file__).resolve().parent / "weights"
     chosen = arguments[0].removeprefix("part=") if arguments else "all"
     if len(arguments) > 1 or chosen not in ("all", *PARTS):
-        print(f"pretrain.py: say part=tokenizer, part=vision, part=language or nothing, not "
-              f"{' '.join(arguments)}", file=sys.stderr)  # fmt: skip
+        parts = ", ".join(f"part={name}" for name in PARTS)
+        print(f"pretrain.py: say {parts} or nothing, not {' '.join(arguments)}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     config = asdict(ModelConfig.preset("mini", stage=0))

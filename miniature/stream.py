@@ -18,7 +18,7 @@ RATIOS = {
 # What the turns of a conversation are about, and how often. The official mixture has conversations
 # of many tasks, too; here they are most of it, because to encode a picture costs more than a
 # further question about it.
-TURNS = {"vqa": 5, "compare": 4, "identify": 4, "count": 2, "where": 1}
+TURNS = {"vqa": 5, "compare": 4, "identify": 4, "refer": 3, "count": 2, "where": 1}
 NUM_TURNS = 6
 FIRST_SEED = 2 * 10**8  # far from the scenes of pre-training
 SEEDS_PER_TASK = 10**7

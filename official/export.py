@@ -6,7 +6,6 @@ Names, layout and container are the official ones; the optimizer's state is not 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import TinyGPTV
+from model import TinyGPTV, replace_file
 from official.weights import to_official
 
 BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Former's unused half
@@ -25,10 +24,8 @@ def export_checkpoint(model: TinyGPTV, path: Path) -> int:
     state = model.checkpoint_tensors()
     tensors = {n: t.cpu().contiguous() for n, t in to_official(state, model.config).items()}
     tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(BERT_POSITIONS)[None]
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save({"model": tensors}, file)
-    os.replace(part, path)
+    with replace_file(path) as part:
+        torch.save({"model": tensors}, part)
     return len(state)
 
 

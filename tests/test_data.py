@@ -358,6 +358,76 @@ def test_whole_file_is_checked_and_five_lines_are_shown(tmp_path):
         data.read_records(path)
 
 
+def test_records_are_read_when_asked_for(tmp_path):
+    lines = [caption(caption=f"number {n} \u00e9") for n in range(9)]
+    lines[3:3] = ["", "  "]
+    path = write_records(tmp_path, lines, "\r\n", "\ufeff")
+    records = data.read_records(path)
+    captions = [record["caption"] for record in records]
+    assert captions == [f"number {n} \u00e9" for n in range(9)] and len(records) == 9
+    assert records[-2] == pickle.loads(pickle.dumps(records))[7] == list(records)[7]
+    with pytest.raises(IndexError):
+        records[9]
+    path.write_text("changed\n" * 50)  # in the middle of a run
+    with pytest.raises(ValueError, match="data.jsonl: not JSON"):
+        records[0]
+
+
+def test_a_picture_is_looked_for_once(tmp_path, monkeypatch):
+    path, looked_for = write_records(tmp_path, [caption()] * 50), []
+    isfile = data.os.path.isfile
+    monkeypatch.setattr(data.os.path, "isfile", lambda p: looked_for.append(p) or isfile(p))
+    assert len(data.read_records(path)) == 50 and len(looked_for) == 1
+    path.write_text("\n".join(json.dumps(caption(image="b.png")) for _ in range(3)))
+    with pytest.raises(ValueError, match="3 bad lines"):
+        data.read_records(path)
+
+
+def write_pictures(folder, *names):
+    (folder / "below").mkdir()
+    for name in names:
+        if name.endswith(".txt"):
+            (folder / name).write_bytes(f"\ufeffWhat {name} says.\r\n".encode())
+        else:
+            Image.new("RGB", (4, 4)).save(folder / name)
+
+
+def test_a_folder_of_pictures_and_texts(tmp_path):
+    names = ["a.jpg", "a.txt", "b.v2.PNG", "b.v2.txt", "below/a.jpg", "below/a.txt", "b.v2.gif"]
+    write_pictures(tmp_path, *names)
+    (tmp_path / "Thumbs.db").touch()
+    records = data.read_folder(str(tmp_path))
+    said = {record["image"]: record["caption"] for record in records}
+    assert said == {str(tmp_path / image): f"What {text} says." for image, text in (
+        ("a.jpg", "a.txt"), ("below/a.jpg", "below/a.txt"), ("b.v2.PNG", "b.v2.txt"),
+        ("b.v2.gif", "b.v2.txt"))}  # fmt: skip
+    assert {record["task"] for record in records} == {"caption"}
+    assert sample(records[0], 1)[0][1].startswith("what ")
+
+
+@pytest.mark.parametrize("names, reasons", [
+    (["a.jpg", "a.txt", "b.jpg"], ["1 bad", "b.jpg has no .txt"]),
+    (["a.jpg", "a.txt", "b.txt"], ["1 bad", "b.txt has no picture"]),
+    (["a.jpg", "below/a.txt"], ["2 bad", "below/a.txt has no picture", "a.jpg has no .txt"]),
+    ([f"{n}.txt" for n in range(7)], ["7 bad", "4.txt has"]),
+    ([], ["no pictures"]),
+])
+def test_halves_of_pairs_are_named(tmp_path, names, reasons):
+    write_pictures(tmp_path, *names)
+    with pytest.raises(ValueError) as error:
+        data.read_folder(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert all(reason in str(error.value) for reason in reasons) and "5.txt" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [b"", b" \n", b"...", b"\xff\xfe"])
+def test_texts_of_no_use_are_named(tmp_path, text):
+    write_pictures(tmp_path, "a.jpg", "a.txt")
+    (tmp_path / "a.txt").write_bytes(text)
+    with pytest.raises(ValueError, match="1 bad .*a.txt"):
+        data.read_folder(tmp_path)
+
+
 # ---- rows and batches ----
 
 
@@ -460,6 +530,7 @@ def test_unusable_records_are_replaced_and_counted(tmp_path, phi):
     far = caption(task="refer", phrase="far", boxes=[[0, 0, 500, 500]])
     rows = dataset(tmp_path, phi, [caption(), caption(image="a.png"), far])
     bad_image(tmp_path, "cut").replace(tmp_path / "broken.png")
+    rows.records = list(rows.records)
     rows.records[1]["image"] = str(tmp_path / "broken.png")
     batch = data.collate([rows[n] for n in range(3)], phi.pad_token_id)
     assert len(batch["input_ids"]) == 3 and len(batch["skipped"]) >= 2

@@ -8,6 +8,7 @@ import torch
 
 from data import IGNORE, Tokenizer, parse_boxes
 from miniature import pretrain_language as language
+from miniature import pretrain_projection as projection
 from miniature import pretrain_vision as vision
 from miniature import world
 from model import PHI_PRESETS, Phi
@@ -138,3 +139,15 @@ def test_queries_may_order_objects_one_above_the_other_as_they_like():
             loss, ordered = vision.query_loss(*queries_say(said), true[None])
             assert (loss < 0.01) == fits
             assert torch.equal(ordered[0], said if fits else true)
+
+
+def test_whitening_gives_all_directions_the_same_strength():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator) * torch.tensor([30.0, 10, 5, 3, 2, 1])[:, None]
+    x = torch.randn(5000, 6, generator=generator) @ mixing + 7
+    weight, bias = projection.whitening(x)
+    white = x @ weight.T + bias
+    torch.testing.assert_close(white.mean(0), torch.zeros(6), rtol=0, atol=1e-2)
+    torch.testing.assert_close(torch.cov(white.T), torch.eye(6), rtol=0, atol=0.1)
+    weight, bias = projection.whitening(x * 1e-3)  # all of it noise
+    assert (x * 1e-3 @ weight.T + bias).std() < 0.5

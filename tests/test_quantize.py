@@ -419,7 +419,8 @@ def test_mistakes_are_told_in_one_line(int8_directory, tmp_path, capsys):
 
 def test_what_was_begun_is_taken_away_after_an_error(tmp_path, capsys):
     with mock.patch("torch.Tensor.numpy", side_effect=OSError("disk full")):  # in mid-file
-        assert failure(capsys, "--weights", WEIGHTS, "--out", tmp_path / "a").endswith("disk full")
+        told = failure(capsys, "--weights", WEIGHTS, "--out", tmp_path / "a")
+    assert "cannot write" in told and "disk full" in told
     assert list((tmp_path / "a").iterdir()) == []
     assert quantize.main(["--weights", str(WEIGHTS), "--out", str(tmp_path / "a")]) == 0
 

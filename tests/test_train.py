@@ -22,6 +22,7 @@ TRAINABLE_IN_LAYER = {
     "input_layernorm.weight", "post_layernorm.weight",
     "self_attn.q_layernorm.weight", "self_attn.k_layernorm.weight",
 }  # fmt: skip
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 LORA_IN_LAYER = {
     "self_attn.qkv.lora_A.weight", "self_attn.qkv.lora_B.weight",
     "self_attn.dense.lora_A.weight", "self_attn.dense.lora_B.weight",
@@ -72,7 +73,7 @@ def test_a_step_moves_what_learns_and_nothing_else(stage: int, tokenizer: Tokeni
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(optimizer_groups(model, weight_decay=0.05))
     for _ in range(2):  # LoRA's A has no gradient while B is zero
-        train.train_step(model, optimizer, batch_of(tokenizer, stage), lr=1e-2)
+        train.train_step(model, optimizer, NO_SCALING, [batch_of(tokenizer, stage)], lr=1e-2)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
@@ -105,7 +106,11 @@ def test_negative_warmup_rate_means_no_ramp():
         ("--stage=1", "did you mean stage"),
         ("stage=one", "not of type int"),
         ("stage=7", "stage=1, 2, 3 or 4"),
+        ("from_stage=2", "stage 1 can't follow it"),
         ("preset=tiny", "choose from full, mini"),
+        ("precision=int4", "choose from bf16, fp16, fp32"),
+        ("resume=maybe", "not 1 or 0"),
+        ("save_every=0", "after how many steps"),
     ],
 )
 def test_wrong_arguments_are_one_line(argument: str, said: str, capsys: pytest.CaptureFixture):
@@ -121,13 +126,13 @@ def test_missing_weights_and_data_are_one_line(tmp_path, capsys: pytest.CaptureF
     assert "none" in lines[0] and "none.jsonl" in lines[1] and len(lines) == 2
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_short_run_from_the_shipped_backbones(bf16, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "has_bf16", lambda device: bf16)
-    arguments = ["stage=1", "steps=2", "batch_size=4", "num_workers=0", f"out={tmp_path}"]
-    assert train.main(arguments) == 0
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_short_run_from_the_shipped_backbones(precision, tmp_path, capsys):
+    arguments = ["stage=1", "steps=2", "batch_size=4", "num_workers=0", f"out={tmp_path / 'run'}"]
+    assert train.main([*arguments, f"precision={precision}"]) == 0
+    tmp_path /= "run"
     told = capsys.readouterr().out
-    assert "ln(vocabulary)" in told and f"products in {'bf16' if bf16 else 'fp32'}" in told
+    assert "ln(vocabulary)" in told and f"products in {precision}" in told
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     keys = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_gb"}

@@ -1,0 +1,199 @@
+"""What a training run tells: a progress bar, log.jsonl, and a picture of the loss, loss.png.
+
+    python experiments/run_log.py runs/stage1 runs/stage2 ...     draws their losses side by side
+"""
+
+import fcntl
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+MAX_BAD_STEPS = 20  # in a row; fp16's loss scale takes up to 16 to settle
+MAX_SKIPPED = 0.01  # of the samples, once there were MIN_SAMPLES
+MIN_SAMPLES = 1000
+
+
+class RunLog:
+    """Tells a run's progress and keeps count of what went wrong.
+
+    Holds a lock on log.jsonl for as long as it lives. Raises ValueError if the folder holds a run
+    (unless `resume`) or one that is still going on. quiet: a process beside the first, which alone
+    writes and prints.
+    """
+
+    def __init__(self, out: Path, resume: bool, quiet: bool):
+        self.out, self.quiet = out, quiet
+        self.samples = self.truncated = self.skipped = self.bad_steps = self.bad_in_a_row = 0
+        self.waited = 0.0
+        self.file = None
+        if quiet:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = open(out / "log.jsonl", "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another training is writing to {out}; say out=...") from None
+        if not resume and (self.file.tell() or (out / "model.safetensors").exists()):
+            raise ValueError(
+                f"{out} holds a run already: go on with it by resume=1, say out=... for another "
+                "folder, or delete it"
+            )
+
+    def tell(self, text: str) -> None:
+        if text and not self.quiet:
+            tqdm.write(text)
+
+    def begin(self, start: int, steps: int, vocab_size: int) -> tqdm:
+        """A bar over the steps from `start` on. What was logged past it, before a run was stopped
+        by force, is done again and therefore forgotten."""
+        self.began = self.last = time.time()
+        self.chance = math.log(vocab_size)
+        if self.file:
+            self.file.seek(0)
+            kept = self.file.readlines()[:start]
+            self.file.truncate(0)
+            self.file.writelines(kept)
+        done = {"initial": start, "total": steps}
+        return tqdm(range(start, steps), desc=str(self.out), disable=self.quiet, **done)
+
+    def wait_for(self, stream: Iterator[list[dict]]) -> list[dict]:
+        """The next step's batches; the time that they keep the model waiting is counted."""
+        began = time.time()
+        batches = next(stream)
+        self.waited += time.time() - began
+        for batch in batches:
+            for reason in batch["skipped"]:
+                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        return batches
+
+    def write(
+        self, bar: tqdm, step: int, loss: float, lr: float, grad_norm: float, counts: list[float]
+    ) -> None:
+        """A line of log.jsonl. counts: samples, tokens, truncated answers and skipped records of
+        the step, over all processes. Raises ValueError where going on makes no sense."""
+        samples, tokens, truncated, skipped = map(int, counts)
+        now = time.time()
+        seconds, self.last = now - self.last, now
+        self.samples, self.truncated = self.samples + samples, self.truncated + truncated
+        self.skipped += skipped
+        is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        self.bad_steps += is_bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad else 0
+        if step == 1:
+            self.tell(f"first loss {loss:.3f}; guessing among all tokens would be ln(vocabulary) = "
+                      f"{self.chance:.3f}")  # fmt: skip
+        if self.file:
+            record = {
+                "step": step, "loss": None if is_bad else round(loss, 4), "lr": lr,
+                "grad_norm": None if is_bad else round(grad_norm, 4),
+                "tokens_per_second": round(tokens / seconds), "seconds": round(now - self.began, 1),
+                "peak_memory_gb": round(peak_memory_gb(), 3),
+            }  # fmt: skip
+            print(json.dumps(record), file=self.file, flush=True)
+            speed = f"{samples / seconds:.0f}"
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", samples_per_second=speed)
+        self.check(step, loss, grad_norm)
+
+    def check(self, step: int, loss: float, grad_norm: float) -> None:
+        if self.bad_in_a_row == MAX_BAD_STEPS:
+            raise ValueError(
+                f"step {step}: no finite loss or gradient in {MAX_BAD_STEPS} steps in a row (loss "
+                f"{loss}, gradient's norm {grad_norm}); the weights are as before the first of "
+                "them. Likely the learning rate is too high, products in fp16 overflow (those in "
+                f"bf16 do not) or the weights are damaged. {self.out} holds the last checkpoint"
+            )
+        if self.samples >= MIN_SAMPLES and self.skipped > MAX_SKIPPED * self.samples:
+            raise ValueError(
+                f"{self.skipped} of {self.samples} records could not be used; the reasons are "
+                "above. Mend the data; more than 1 % is not an accident"
+            )
+
+    def closing_words(self, steps: int) -> str:
+        seconds = time.time() - self.began
+        words = f"{steps} steps in {seconds:.0f} s"
+        words += f", {self.waited / seconds:.0%} of it waiting for data"
+        if self.truncated:
+            words += f"; {self.truncated} answers were cut at the stage's longest length"
+        if self.skipped:
+            words += f"; {self.skipped} records were skipped"
+        if self.bad_steps:
+            words += f"; {self.bad_steps} steps without finite loss or gradient changed nothing"
+        return words
+
+
+def peak_memory_gb() -> float:
+    """The most memory held so far: of the GPU if there is one in use, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---- the picture ----
+
+WIDTH, HEIGHT, MARGIN = 900, 420, 50
+COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf")
+
+
+def read_losses(folder: Path) -> list[float]:
+    """The finite losses of a run's log, smoothed by a running mean of about 20 steps."""
+    losses: list[float] = []
+    for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
+        loss = json.loads(line)["loss"]
+        if loss is not None:
+            losses.append(losses[-1] + (loss - losses[-1]) / 20 if losses else loss)
+    return losses
+
+
+def draw_losses(folders: Iterable[Path], path: Path) -> None:
+    """The losses of some runs, one after the other from left to right, as a PNG."""
+    runs = {folder.name: read_losses(folder) for folder in folders}
+    runs = {name: losses for name, losses in runs.items() if losses}
+    highest = max(map(max, runs.values()))
+    steps = sum(map(len, runs.values()))
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
+
+    def at(step: int, loss: float) -> tuple[float, float]:
+        return (MARGIN + (right - MARGIN) * step / steps,
+                bottom - (bottom - MARGIN) * loss / highest)  # fmt: skip
+
+    for part in range(5):
+        loss = highest * part / 4
+        draw.line([at(0, loss), at(steps, loss)], "#dddddd")
+        draw.text((MARGIN - 6, at(0, loss)[1]), f"{loss:.2f}", "black", font, anchor="rm")
+    first = 0
+    for number, (name, losses) in enumerate(runs.items()):
+        color = COLORS[number % len(COLORS)]
+        draw.line([at(first + step, loss) for step, loss in enumerate(losses)], color, 2)
+        label = f"{name}: {len(losses)} steps, {losses[-1]:.3f}"
+        draw.text((at(first, 0)[0], bottom + 8 + 16 * (number % 2)), label, color, font)
+        first += len(losses)
+    draw.text((MARGIN, MARGIN / 2), "loss (mean of about 20 steps)", "black", font, anchor="lm")
+    image.save(path)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments:
+        print("run_log.py: name the folders of some runs", file=sys.stderr)
+        return 2
+    try:
+        draw_losses(map(Path, arguments), Path("loss.png"))
+    except (OSError, ValueError) as error:
+        print(f"run_log.py: {error}", file=sys.stderr)
+        return 2
+    print("saved loss.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,297 @@
+"""Runs of train.py as a lab has them: in parts, stopped, continued, shared, gone wrong."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import Tokenizer, collate, encode_sample
+from experiments import run_log
+from model import TinyGPTV
+from train import new_optimizer, prepare_model, settled, train_step
+
+ROOT = Path(__file__).parent.parent
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+SHORT = ["stage=2", "weights=miniature/weights", "batch_size=2", "num_workers=0", "seed=7"]
+
+
+def run(out: Path, *arguments: str) -> int:
+    return train.main([*SHORT, f"out={out}", *arguments])
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps in bf16 that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(out, "steps=6") == 0
+    return out
+
+
+@pytest.fixture
+def model() -> TinyGPTV:
+    """The shipped stage 2 in fp32, ready to learn, without dropout."""
+    config = settled(train.TrainConfig(stage=3, precision="fp32"))
+    return prepare_model(config, {}, "cpu").eval()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Five rows with a picture, with answers of one to nine words."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(ROOT / "miniature/weights")
+    answers = ["red", "a star", "one large red solid star", "two", "a small blue circle and a star"]
+    return [
+        encode_sample([("<ImageHere>", answer)], tokenizer, 1, 32, 32, "\n")
+        | {"pixel_values": torch.randn(1, 3, 112, 112)}
+        for answer in answers
+    ]
+
+
+def gradients(model: TinyGPTV, micro: list[dict]) -> dict[str, torch.Tensor]:
+    optimizer = new_optimizer(model)
+    micro = [train.to_device(batch, "cpu") for batch in micro]
+    train_step(model, optimizer, NO_SCALING, micro, lr=0.0)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(model, rows, size):
+    """However many tokens each of them has: a mean of means would not do."""
+    expected = gradients(model, train.micro_batches(rows, 0, 0))
+    for name, grad in gradients(model, train.micro_batches(rows, size, 0)).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_checkpointing_changes_no_gradient(rows):
+    config = settled(train.TrainConfig(stage=3, precision="fp32"))
+    plain = gradients(prepare_model(config, {}, "cpu"), [collate(rows, 0)])  # with dropout
+    config.checkpointing = True
+    torch.manual_seed(config.seed)
+    again = gradients(prepare_model(config, {}, "cpu"), [collate(rows, 0)])
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_clipping_shortens_the_gradient(model, rows):
+    optimizer, batch = new_optimizer(model), train.to_device(collate(rows, 0), "cpu")
+    _, norm = train_step(model, optimizer, NO_SCALING, [batch], lr=0.0, clip=0.01)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert norm > 0.02 and torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, 1e-3)
+
+
+def test_nothing_to_learn_from_changes_nothing(model, rows):
+    batch = train.to_device(collate(rows, 0), "cpu")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    loss, _ = train_step(model, new_optimizer(model), NO_SCALING, [batch], lr=0.1)
+    assert loss != loss and all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_a_run_goes_on_to_the_same_bit(whole: Path, tmp_path: Path, monkeypatch):
+    """Ctrl-C in step 4, whose end is waited for; then the other two."""
+    steps = []
+
+    def stopped_in_step_4(*arguments):
+        steps.append(len(steps) + 1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", stopped_in_step_4)
+    assert run(tmp_path / "run", "steps=6") == 130
+    state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)
+    assert state["step"] == 4 and len(losses(tmp_path / "run")) == 4
+    assert run(tmp_path / "run", "steps=6", "resume=1") == 0
+    assert weights(tmp_path / "run") == weights(whole)
+    assert losses(tmp_path / "run") == losses(whole) and len(steps) == 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "model.safetensors", "log.jsonl", "loss.png"
+    }  # fmt: skip
+
+
+def test_state_of_the_optimizer_goes_on_too(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda config: None)  # which drops the state
+    assert run(tmp_path / "whole", "steps=4") == 0
+    monkeypatch.setattr(train.RunLog, "check", fail_at_step(3))
+    assert run(tmp_path / "run", "steps=4", "save_every=2") == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "finish", lambda config: None)
+    assert run(tmp_path / "run", "steps=4", "resume=1") == 0
+    a, b = (torch.load(tmp_path / name / "train_state.pt", weights_only=True)["optimizer"]["state"]
+            for name in ("whole", "run"))  # fmt: skip
+    assert a.keys() == b.keys() and len(a) > 50
+    for number in a:
+        assert all(torch.equal(a[number][key], b[number][key]) for key in a[number])
+
+
+def fail_at_step(last: int):
+    def check(log, step: int, loss: float, grad_norm: float) -> None:
+        if step == last:
+            raise OSError("the power failed")
+
+    return check
+
+
+def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, capsys):
+    assert run(whole, "steps=6") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert run(tmp_path / "none", "steps=6", "resume=1") == 2
+    assert "no run that could go on" in capsys.readouterr().err
+    assert run(tmp_path / "run", "steps=4", "save_every=2") == 0
+    with open(tmp_path / "run/train_state.pt", "wb") as file:
+        torch.save({"config": vars(settled(train.TrainConfig(stage=1))), "world_size": 2}, file)
+    assert run(tmp_path / "run", "steps=4", "resume=1") == 2
+    told = capsys.readouterr().err
+    assert "stage=1" in told and "processes=2" in told and "seed=42" in told
+    (tmp_path / "run/train_state.pt").write_bytes(b"PK\x03\x04")
+    assert run(tmp_path / "run", "steps=4", "resume=1") == 2
+    assert "train_state.pt is damaged" in capsys.readouterr().err
+    first = run_log.RunLog(tmp_path / "shared", resume=False, quiet=False)
+    assert run(tmp_path / "shared", "steps=6") == 2 and first.file
+    assert "another training is writing" in capsys.readouterr().err
+
+
+def test_a_full_disk_takes_nothing_that_was_saved(tmp_path: Path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train.RunLog, "check", fail_at_step(3))
+    assert run(out, "steps=6", "save_every=2") == 2
+    monkeypatch.undo()
+    before = (out / "train_state.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        assert run(out, "steps=6", "save_every=2", "resume=1") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert "cannot write" in capsys.readouterr().err
+    assert (out / "train_state.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+
+
+def test_a_finished_stage_goes_on_with_other_data(tmp_path: Path):
+    """Two steps, so few that nothing is far from the shipped stage 4; stage 3 would be."""
+    foreign = "data=experiments/foreign/records.jsonl"
+    assert run(tmp_path / "run", "steps=2", "stage=4", "from_stage=4", foreign) == 0
+    shipped = dict(TinyGPTV.from_pretrained(ROOT / "miniature/weights", 4).named_parameters())
+    for name, parameter in TinyGPTV.from_pretrained(tmp_path / "run").named_parameters():
+        torch.testing.assert_close(parameter, shipped[name], rtol=0, atol=1e-3)
+
+
+def bad_loss(model: TinyGPTV, steps: set[int]) -> None:
+    """Makes the loss of some steps, counted from 1, not a number."""
+    plain, calls = model.forward, []
+
+    def forward(**batch):
+        calls.append(1)
+        return plain(**batch) * (float("nan") if len(calls) in steps else 1.0)
+
+    model.forward = forward
+
+
+def test_a_step_without_finite_loss_changes_nothing(tmp_path: Path, monkeypatch, capsys):
+    prepare = prepare_model
+
+    def prepared(*arguments) -> TinyGPTV:
+        bad_loss(model := prepare(*arguments), {2, 3})
+        return model
+
+    monkeypatch.setattr(train, "prepare_model", prepared)
+    assert run(tmp_path / "run", "steps=5") == 0
+    assert "2 steps without finite loss" in capsys.readouterr().out
+    found = losses(tmp_path / "run")
+    assert found[1] is None and found[2] is None and None not in (found[0], found[3], found[4])
+    assert TinyGPTV.from_pretrained(tmp_path / "run").stage == 2  # all finite
+
+
+def test_it_stops_when_nothing_is_finite_any_more(tmp_path: Path, monkeypatch, capsys):
+    prepare = prepare_model
+
+    def prepared(*arguments) -> TinyGPTV:
+        bad_loss(model := prepare(*arguments), set(range(3, 100)))
+        return model
+
+    monkeypatch.setattr(train, "prepare_model", prepared)
+    monkeypatch.setattr(run_log, "MAX_BAD_STEPS", 3)
+    assert run(tmp_path / "run", "steps=9", "save_every=1") == 2
+    assert "step 5: no finite loss" in capsys.readouterr().err
+    assert TinyGPTV.from_pretrained(tmp_path / "run").stage == 2
+
+
+def test_bad_pictures_are_counted_and_too_many_end_the_run(tmp_path: Path, monkeypatch, capsys):
+    random.seed(0)
+    for number in range(10):
+        Image.new("RGB", (40, 30), "white").save(tmp_path / f"{number}.png")
+    lines = [{"image": f"{n}.png", "task": "caption", "caption": "a red star"} for n in range(10)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
+    mine = f"data={tmp_path / 'mine.jsonl'}"
+    assert run(tmp_path / "run", "steps=5", mine) == 0
+    assert "1 records were skipped" in capsys.readouterr().out
+    monkeypatch.setattr(run_log, "MIN_SAMPLES", 10)
+    assert run(tmp_path / "other", "steps=9", mine) == 2
+    told = capsys.readouterr().err
+    assert "3.png" in told and "1 of 10 records could not be used" in told
+
+
+def command(out: Path, *arguments: str) -> list[str]:
+    return ["train.py", *SHORT, f"out={out}", *arguments]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_learn_what_one_learns(tmp_path: Path):
+    """The same samples, divided among two, in fp32 and in stage 1, which has no dropout."""
+    options = ["stage=1", "precision=fp32", "steps=4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    one = [sys.executable, *command(tmp_path / "one", *options, "batch_size=4")]
+    two = [*launch, *command(tmp_path / "two", *options)]
+    for arguments in (one, two):
+        subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    a, b = (dict(TinyGPTV.from_pretrained(tmp_path / name).named_parameters())
+            for name in ("one", "two"))  # fmt: skip
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_survives_being_killed(tmp_path: Path):
+    """Twenty times, at random moments: the weights are those of an undisturbed run."""
+    assert run(tmp_path / "whole", "steps=200") == 0
+    rng, kills = random.Random(0), 0
+    arguments = [sys.executable, *command(tmp_path / "run", "steps=200", "save_every=1")]
+    while True:
+        resume = ["resume=1"] if (tmp_path / "run/train_state.pt").exists() else []
+        if not resume:
+            (tmp_path / "run/log.jsonl").unlink(missing_ok=True)
+            (tmp_path / "run/model.safetensors").unlink(missing_ok=True)
+        process = subprocess.Popen([*arguments, *resume], cwd=ROOT, env=ENVIRONMENT)
+        try:
+            seconds = rng.uniform(4, 9) if kills < 20 else None
+            assert process.wait(seconds) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 20
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
