@@ -47,12 +47,14 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(config.r, out_features, bias=False)
         self.lora_dropout = nn.Dropout(config.dropout)
         self.scaling = config.alpha / config.r
+        self.int8: nn.Module | None = None  # in the place of weight and bias, if quantized
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         detour = self.lora_B(self.lora_A(self.lora_dropout(x)))
-        return super().forward(x) + self.scaling * detour
+        frozen = super().forward(x) if self.int8 is None else self.int8(x)
+        return frozen + self.scaling * detour
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -91,6 +91,9 @@ class Int8Linear(nn.Module):
         On a CPU up to 16 rows go to torch's kernel for int8 weights, which is slow for more; those
         are multiplied by 1024 rows of W after the other, whose bf16 copies stay in the cache.
         """
+        if x.requires_grad and torch.is_grad_enabled():
+            y = FrozenProduct.apply(x.bfloat16(), self.weight, self.scale)
+            return y if self.bias is None else y + self.bias.bfloat16()
         rows = x.flatten(0, -2).bfloat16()
         on_cpu = x.device.type == "cpu"
         if on_cpu and len(rows) <= 16:
@@ -103,10 +106,30 @@ class Int8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
+class FrozenProduct(torch.autograd.Function):
+    """x Wᵀ in bf16 for training around W: to lead the gradient back to x takes W again and nothing
+    else, so that neither x nor a bf16 copy of W is kept in the meantime."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return (x @ weight.bfloat16().T * scale).bfloat16()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return (grad * scale).bfloat16() @ weight.bfloat16(), None, None
+
+
 def quantize_model(model: nn.Module) -> None:
-    """Replaces, in place, every linear layer that QUANTIZED lists, one after the other."""
+    """Replaces, in place, every linear layer that QUANTIZED lists, one after the other. A layer
+    with LoRA keeps its detour beside the int8 weights."""
     for name in [name for name, _ in model.named_modules() if QUANTIZED.fullmatch(name)]:
-        model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+        linear = model.get_submodule(name)
+        if hasattr(linear, "int8"):
+            linear.int8, linear.weight, linear.bias = Int8Linear(linear), None, None
+        else:
+            model.set_submodule(name, Int8Linear(linear))
 
 
 # ---- products in whole numbers ----

@@ -45,8 +45,17 @@ from data import IGNORE, RecordDataset, collate, read_folder, read_records
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import TinyGPTV, autocast, half_dtype, is_trainable, replace_file, save_checkpoint
+from model import (
+    Phi,
+    TinyGPTV,
+    autocast,
+    half_dtype,
+    is_trainable,
+    replace_file,
+    save_checkpoint,
+)
 from official.stream import folder_mixture, has_mixture
+from quantize import quantize_model
 
 
 @dataclass
@@ -64,6 +73,7 @@ class TrainConfig:
     micro_batch_size: int = 0  # so many samples at a time; default: all
     clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
     precision: str = ""  # of products: bf16, fp16, fp32; default: the fastest of the device
+    int8: bool = False  # keep frozen weights in int8: half their memory; products are in bf16
     checkpointing: bool = False  # compute Phi's layers again in the backward pass: less memory
     compile: bool = False  # torch.compile Phi's layers: minutes of preparation, then faster
     save_every: int = 500  # steps
@@ -286,7 +296,7 @@ def train_step(
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    device = plain.phi.lm_head.weight.device
+    device = plain.phi.embed_tokens.weight.device
     counts = [num_labels(batch) for batch in micro]
     [all_labels] = add_up([sum(counts)], device)
     processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -294,8 +304,9 @@ def train_step(
     for n, (batch, count) in enumerate(zip(micro, counts), 1):
         # DistributedDataParallel adds up gradients in the last backward pass of a step alone.
         alone = model is plain or n == len(micro)
-        with autocast(plain.phi.lm_head.weight), nullcontext() if alone else model.no_sync():
-            loss = model(**batch) * (count / max(1, all_labels))
+        with nullcontext() if alone else model.no_sync():
+            with autocast(plain.phi.embed_tokens.weight):
+                loss = model(**batch) * (count / max(1, all_labels))
             scaler.scale(loss * processes).backward()  # times processes: it takes their mean
         total += loss.item()
     [total] = add_up([total], device)
@@ -327,11 +338,13 @@ def fastest_precision(device: str) -> str:
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The config with what was left open decided."""
+    """The config with what was left open decided. Raises ValueError for int8 in another type."""
+    if config.int8 and config.precision not in ("", "bf16"):
+        raise ValueError(f"int8=1 multiplies in bf16; leave out precision={config.precision}")
     return replace(
         config, out=config.out or f"runs/stage{config.stage}",
         from_stage=config.stage - 1 if config.from_stage < 0 else config.from_stage,
-        precision=config.precision or fastest_precision(config.device),
+        precision=config.precision or ("bf16" if config.int8 else fastest_precision(config.device)),
     )  # fmt: skip
 
 
@@ -349,18 +362,28 @@ def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device:
     far, if it goes on."""
     torch.manual_seed(config.seed)  # of what has no weights yet
     dtype = PRECISIONS[config.precision]
-    model = TinyGPTV.from_pretrained(config.weights, config.from_stage, device, dtype)
+    place = "cpu" if config.int8 else device  # where there is room for bf16
+    model = TinyGPTV.from_pretrained(config.weights, config.from_stage, place, dtype)
     if model.config.int8:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     model.load_state_dict(trained, strict=False)
-    for block in model.phi.layers:
-        if config.checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:
+    if config.int8:
+        quantize_model(model)
+    if config.checkpointing:
+        recompute_layers(model.phi)
+    if config.compile:
+        for block in model.phi.layers:
             block.compile()
-    return model.to(device).train()  # to the device again: LoRA is new
+    return model.to(device).train()  # LoRA is new, too
+
+
+def recompute_layers(phi: Phi) -> None:
+    """Gradient checkpointing: a layer keeps its input alone and runs again in the backward pass.
+    (The official option covers the ViT, which is frozen and keeps nothing anyway.)"""
+    for block in phi.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def new_optimizer(model: TinyGPTV) -> torch.optim.AdamW:

@@ -4,6 +4,7 @@
     python experiments/evaluate.py bench=world split=held          ... with pairs never seen
     python experiments/evaluate.py bench=world blind=1             ... with the pictures hidden
     python experiments/evaluate.py bench=jsonl data=mine.jsonl     any record file
+    python experiments/evaluate.py bench=gqa data=DIR              the paper's: see benchmarks.py
 
 Read it from the leaves to the root:
 
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import STAGES, format_box, inference_prompt, load_image, read_records
+from experiments import benchmarks
 from experiments.scores import Count, metrics, score
 from generate import Answer, encode_images, prepare, push_answers
 from miniature import world
@@ -200,7 +202,8 @@ def parse_arguments(arguments: list[str]) -> Config:
 
 def check(config: Config, given: dict) -> None:
     """Raises ValueError for a value out of range, or an option that the bench would not use."""
-    for key, values in (("bench", tuple(ONLY_FOR)), ("split", tuple(world.SPLITS))):
+    benches = (*ONLY_FOR, *benchmarks.BENCHES)  # main hands the latter over
+    for key, values in (("bench", benches), ("split", tuple(world.SPLITS))):
         if getattr(config, key) not in values:
             raise ValueError(f"{key}={getattr(config, key)}: choose from {', '.join(values)}")
     for key, most in (("n", SCENES_PER_SEED), ("batch_size", 10**6)):
@@ -231,12 +234,16 @@ def result_name(config: Config, stage: int) -> str:
 
 def main(arguments: list[str]) -> int:
     try:
-        config = parse_arguments(arguments)
-        result = evaluate(config)
+        if any(f"bench={name}" in arguments for name in benchmarks.BENCHES):
+            name, result = benchmarks.run(arguments, RESULTS)
+        else:
+            config = parse_arguments(arguments)
+            result = evaluate(config)
+            name = result_name(config, result["stage"])
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    path = RESULTS / result_name(config, result["stage"])
+    path = RESULTS / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(f"kept in experiments/results/{path.name}")

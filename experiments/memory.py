@@ -1,6 +1,10 @@
-"""How much memory an answer about a picture of 448 px takes, of weights at the official size.
+"""How much memory training takes, and an answer about a picture of 448 px, at the official size.
 
-    python experiments/memory.py weights=DIR int8=DIR
+    python experiments/memory.py                            training, all stages
+    python experiments/memory.py stage=2 checkpointing=1    ... one stage, part by part
+    python experiments/memory.py weights=DIR int8=DIR       an answer
+
+Training is computed, by experiments/training_memory.py; an answer is measured.
 
 weights: the official files, or random ones as experiments/official_sized.py folder=DIR writes them;
 int8: what quantize.py has made of them, packed and as it lies. Each is loaded by a process of its
@@ -24,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import inference_prompt, load_image
+from experiments import training_memory
 from generate import generate
 from model import TinyGPTV
 from train import key_values
@@ -69,10 +74,11 @@ def quantizing(weights: str) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if not given.get("weights") and given.get("int8", "") in ("", "0", "1"):  # no folder
+        return training_memory.main(arguments)
     try:
         config = Config(**key_values(arguments, Config))
-        if not config.weights and not config.int8:
-            raise ValueError("say weights=DIR or int8=DIR; see the head of experiments/memory.py")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Writes the numbers of README.md: python experiments/readme.py
 
 Each of its tables and outputs stands between two comments, <!-- name --> and <!-- /name -->, and is
-made anew from experiments/results/ and from the log of each shipped stage.
+made anew from experiments/results/ and from the log of each shipped stage; so is assets/loss.png.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.run_log import draw_losses
 from model import TinyGPTV
 from train import set_trainable
 
@@ -128,6 +129,19 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def training_table() -> str:
+    """The memory that a step of each stage needs, by the plan."""
+    runs = result("training_memory")["runs"]
+    ways = list(dict.fromkeys(run["way"] for run in runs))
+    lines = ["| stage | rows of tokens | " + " | ".join(ways) + " |"]
+    lines.append("|---" * (len(ways) + 2) + "|")
+    for first in range(0, len(runs), len(ways)):
+        row = runs[first : first + len(ways)]
+        rows = "{stage} | {batch_size} of {tokens}".format(**row[0])
+        lines.append(f"| {rows} | " + " | ".join(f"{run['total_gb']} GB" for run in row) + " |")
+    return "\n".join(lines)
+
+
 def agreement() -> str:
     """How many answers of the quantized miniature are those of the miniature itself."""
     found = result("agreement")
@@ -155,10 +169,13 @@ def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text("utf-8")
     text = put(text, "describe", described())
+    stages = ROOT / "miniature" / "weights"
+    draw_losses([stages / f"stage{stage}" for stage in LEARNS], ROOT / "assets" / "loss.png")
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
     text = put(text, "size", size_table())
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())
     text = put(text, "agreement", agreement())
+    text = put(text, "training", training_table())
     path.write_text(text, "utf-8")
 
 

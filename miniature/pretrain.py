@@ -8,10 +8,10 @@ vision      ViT and Q-Former together learn to write scenes out (pretrain_vision
 projection  the first of the two linear maps behind them (pretrain_projection.py), a minute
 language    Phi learns the world's texts without pictures (pretrain_language.py)
 
-The two long parts, vision and language, can run side by side. They overwrite miniature/weights, on which the shipped
-stages stand: train those anew afterwards. No scene of theirs returns in stages 1 to 4, and none has
-a held-out pair of shape and color; but half of the pictures have their color channels shuffled, and
-then no color is told.
+The two long parts, vision and language, can run side by side. They overwrite miniature/weights, on
+which the shipped stages stand: train those anew afterwards. No scene of theirs returns in stages 1
+to 4, and none has a held-out pair of shape and color; but half of the pictures have their color
+channels shuffled, and then no color is told.
 """
 
 import json

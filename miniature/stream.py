@@ -12,8 +12,8 @@ RATIOS = {
     1: {"caption": 1},
     2: {"caption": 1},
     3: {"detail": 1},
-    4: {"chat": 56, "vqa": 4, "refer": 8, "identify": 4, "detection": 8, "grounding": 6,
-        "caption": 14},
+    4: {"chat": 50, "vqa": 4, "refer": 6, "identify": 4, "detection": 8, "grounding": 16,
+        "caption": 12},
 }  # fmt: skip
 # What the turns of a conversation are about, and how often. The official mixture has conversations
 # of many tasks, too; here they are most of it, because to encode a picture costs more than a

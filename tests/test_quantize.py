@@ -449,3 +449,22 @@ def test_a_damaged_file_is_named(int8_directory, tmp_path):
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match="model.safetensors .* is not a safetensors file"):
         TinyGPTV.from_pretrained(tmp_path / "w")
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_the_gradient_goes_back_through_int8_weights():
+    """As through the matrix that they stand for; x and weights are rounded to bf16 on the way."""
+    torch.manual_seed(0)
+    linear = quantize.Int8Linear(nn.Linear(64, 48))
+    x = torch.randn(5, 7, 64, requires_grad=True)
+    target = torch.randn(5, 7, 48)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        y = linear(x)
+    [found] = torch.autograd.grad((y * target).sum(), x)
+    expected_y = linear.naive(x)
+    [expected] = torch.autograd.grad((expected_y * target).sum(), x)
+    assert (y - expected_y).norm() < 0.01 * expected_y.norm()
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert set(kept) == {torch.int8, torch.float32}  # W and its scales, nothing of x

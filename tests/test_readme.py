@@ -31,6 +31,7 @@ def test_tables_are_what_the_results_say():
     assert between("size") == readme.size_table()
     assert between("speed") == readme.speed_table() + "\n\n" + readme.memory_table()
     assert between("agreement") == readme.agreement()
+    assert between("training") == readme.training_table()
 
 
 def test_the_first_command_describes_the_picture():

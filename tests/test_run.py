@@ -88,6 +88,24 @@ def test_checkpointing_changes_no_gradient(rows):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def test_frozen_weights_in_int8_leave_nearly_the_same_gradient(rows):
+    micro, found = [collate(rows, 0)], {}
+    for int8 in (False, True):
+        config = settled(train.TrainConfig(stage=3, precision="bf16", int8=int8))
+        model = prepare_model(config, {}, "cpu").eval()
+        found[int8] = torch.cat([g.flatten() for g in gradients(model, micro).values()])
+        dtypes = {p.dtype for name, p in model.phi.layers.named_parameters() if "int8" in name}
+        assert dtypes == ({torch.int8, torch.float32, torch.bfloat16} if int8 else set())
+    assert torch.cosine_similarity(found[False], found[True], dim=0) > 0.99
+
+
+def test_int8_is_for_bf16(tmp_path: Path, capsys):
+    assert run(tmp_path / "run", "steps=1", "int8=1", "precision=fp32") == 2
+    assert "leave out precision=fp32" in capsys.readouterr().err
+    assert run(tmp_path / "run", "steps=2", "int8=1") == 0
+    assert TinyGPTV.from_pretrained(tmp_path / "run").stage == 2
+
+
 def test_clipping_shortens_the_gradient(model, rows):
     optimizer, batch = new_optimizer(model), train.to_device(collate(rows, 0), "cpu")
     _, norm = train_step(model, optimizer, NO_SCALING, [batch], lr=0.0, clip=0.01)

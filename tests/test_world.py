@@ -218,6 +218,12 @@ def test_every_answer_is_right_and_no_question_gives_it_away():
                     assert answer not in subject.split(), record
 
 
+def only_attributes(text: str) -> str:
+    """What a question tells of the object that it asks for."""
+    named = {value for values in ATTRIBUTES.values() for value in values}
+    return " ".join(word for word in re.findall(r"\w+", text) if word in named)
+
+
 def test_conversations_are_tagged_questions_with_right_answers():
     asked = set()
     for seed, scene in enumerate(SCENES["train"][:150]):
@@ -230,11 +236,11 @@ def test_conversations_are_tagged_questions_with_right_answers():
             if tag == "vqa":
                 question = question.split("short answer: ")[-1]
                 assert answer == caption_text(expected_answer(scene, question))
-            else:
-                [(x1, y1, x2, y2)], _ = parse_boxes(question)
-                (obj,) = fitting(scene, answer)
-                assert np.allclose([x1, y1, x2, y2], 100 * np.array(obj.box), atol=1.01)
-    assert asked == {"vqa", "identify"}
+                continue
+            with_box, phrase = (question, answer) if tag == "identify" else (answer, question)
+            ([box], _), (obj,) = parse_boxes(with_box), fitting(scene, only_attributes(phrase))
+            assert np.allclose(box, 100 * np.array(obj.box), atol=1.01)
+    assert asked == {"vqa", "identify", "refer"}
     repeated = [stream.conversation(SCENES["train"][0], random.Random(7), 112) for _ in range(2)]
     assert repeated[0] == repeated[1]
 
