@@ -96,7 +96,7 @@ def test_frozen_weights_in_int8_leave_nearly_the_same_gradient(rows):
         found[int8] = torch.cat([g.flatten() for g in gradients(model, micro).values()])
         dtypes = {p.dtype for name, p in model.phi.layers.named_parameters() if "int8" in name}
         assert dtypes == ({torch.int8, torch.float32, torch.bfloat16} if int8 else set())
-    assert torch.cosine_similarity(found[False], found[True], dim=0) > 0.99
+    assert (found[False] - found[True]).norm() < 0.1 * found[False].norm()
 
 
 def test_int8_is_for_bf16(tmp_path: Path, capsys):
@@ -154,8 +154,28 @@ def test_state_of_the_optimizer_goes_on_too(tmp_path: Path, monkeypatch):
     a, b = (torch.load(tmp_path / name / "train_state.pt", weights_only=True)["optimizer"]["state"]
             for name in ("whole", "run"))  # fmt: skip
     assert a.keys() == b.keys() and len(a) > 50
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # step 3 is there once
     for number in a:
         assert all(torch.equal(a[number][key], b[number][key]) for key in a[number])
+
+
+def test_every_cycle_begins_with_a_new_optimizer(tmp_path: Path, monkeypatch):
+    schedule = train.Schedule(2, 1, 3, 2, 0, 1e-5, 1e-3, 1e-4)
+    monkeypatch.setitem(train.SCHEDULES["mini"], 2, schedule)
+    monkeypatch.setattr(train, "finish", lambda config: None)
+    assert run(tmp_path / "run") == 0
+    state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)
+    assert state["step"] == 6
+    assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {3}
+
+
+def test_the_second_interrupt_is_not_waited_for():
+    before = signal.getsignal(signal.SIGINT)
+    with train.noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def fail_at_step(last: int):
@@ -227,14 +247,15 @@ def test_a_step_without_finite_loss_changes_nothing(tmp_path: Path, monkeypatch,
     prepare = prepare_model
 
     def prepared(*arguments) -> TinyGPTV:
-        bad_loss(model := prepare(*arguments), {2, 3})
+        bad_loss(model := prepare(*arguments), {2, 3, 5})
         return model
 
     monkeypatch.setattr(train, "prepare_model", prepared)
-    assert run(tmp_path / "run", "steps=5") == 0
-    assert "2 steps without finite loss" in capsys.readouterr().out
-    found = losses(tmp_path / "run")
-    assert found[1] is None and found[2] is None and None not in (found[0], found[3], found[4])
+    monkeypatch.setattr(run_log, "MAX_BAD_STEPS", 3)  # in a row, which these are not
+    assert run(tmp_path / "run", "steps=6") == 0
+    assert "3 steps without finite loss" in capsys.readouterr().out
+    is_bad = [loss is None for loss in losses(tmp_path / "run")]
+    assert is_bad == [False, True, True, False, True, False]
     assert TinyGPTV.from_pretrained(tmp_path / "run").stage == 2  # all finite
 
 

@@ -120,7 +120,7 @@ def test_wrong_arguments_are_one_line(argument: str, said: str, capsys: pytest.C
 
 
 def test_missing_weights_and_data_are_one_line(tmp_path, capsys: pytest.CaptureFixture):
-    assert train.main(["stage=1", f"weights={tmp_path / 'none'}"]) == 2
+    assert train.main(["stage=1", f"weights={tmp_path / 'none'}", f"out={tmp_path}"]) == 2
     assert train.main(["stage=1", "data=none.jsonl", f"out={tmp_path}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "none" in lines[0] and "none.jsonl" in lines[1] and len(lines) == 2
