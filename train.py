@@ -416,10 +416,10 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); start again without resume=1") from error
-    before, now = (c | {"processes": n} for c, n in ((state["config"], state["world_size"]),
-                                                     (asdict(config), world_size)))  # fmt: skip
-    changed = [f"{key}={before[key]}" for key in now if key not in MAY_CHANGE
-               and before[key] != now[key]]  # fmt: skip
+    before = state["config"] | {"processes": state["world_size"]}
+    now = asdict(config) | {"processes": world_size}
+    changed = [f"{key}={before[key]}" for key in now
+               if key not in MAY_CHANGE and before[key] != now[key]]  # fmt: skip
     if changed:
         raise ValueError(f"the run in {config.out} has {', '.join(changed)}; say the same to go on")
     return state

@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import caption_text, format_box, validate_record
+from model import replace_file
 
 COCO = ("train2014", "coco/images")  # the folder of COCO's pictures, in two published layouts
 MAX_REGION = 16384  # pixels; the official reader takes smaller regions only, as OFA does
@@ -309,9 +310,8 @@ def convert(name: str, src: Path, out: Path) -> str:
     """Writes the records of a dataset to `out`; tells how many, and how many are left out why."""
     read, *arguments = DATASETS[name]
     written, left_out = 0, Counter()
-    part = out.with_name(out.name + ".part")
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with replace_file(out) as part, open(part, "w", encoding="utf-8") as file:
             for found in tqdm(read(src, *arguments), desc=name, unit=" entries"):
                 record = finished(found, out.parent)
                 if isinstance(record, str):
@@ -319,15 +319,12 @@ def convert(name: str, src: Path, out: Path) -> str:
                 else:
                     print(json.dumps(record), file=file)
                     written += 1
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        report = f"{name}: {written} records" + (f"; left out: {reasons}" if reasons else "")
-        if not written:
-            raise ValueError(report)
-        os.replace(part, out)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            report = f"{name}: {written} records" + (f"; left out: {reasons}" if reasons else "")
+            if not written:
+                raise ValueError(report)
     except (AttributeError, IndexError, KeyError, TypeError, UnicodeError) as error:
         raise ValueError(f"{name}: the files are not like the official ones ({error!r})") from error
-    finally:
-        part.unlink(missing_ok=True)
     return report
 
 
