@@ -44,7 +44,7 @@ ANY_ORDER = "[grounding] in any order"
 FIRST_TASKS = {ANY_ORDER: 8, "refer": 2}
 LATER_TASKS = {
     ANY_ORDER: 3, "vqa": 6, "compare": 4, "where": 2, "count": 2, "exists": 2, "refer": 2,
-    "identify": 3, "detection": 3, "grounding": 1, "caption": 1,
+    "identify": 4, "detection": 3, "grounding": 1, "caption": 1,
 }  # fmt: skip
 PROBED = ("caption", "refer", "identify", "detection", "grounding")
 SLOT_NAMES = (*world.ATTRIBUTES, "x1", "y1", "x2", "y2")
@@ -201,12 +201,20 @@ def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
     return batch
 
 
+def left_edge_gap(scene: world.Scene) -> float:
+    """How near each other the two nearest left edges are, as a share of the picture's width; 1
+    where there is one object. Where they are near, x1 alone can't tell which object a box is."""
+    edges = sorted(obj.box[0] for obj in scene.objects)
+    return min((b - a for a, b in itertools.pairwise(edges)), default=1.0)
+
+
 class LanguageScenes(IterableDataset):
     """Batches of scenes written out, with what stages 1, 3 and 4 will say of them, without end,
     for one worker.
 
     The first `first` batches have FIRST_TASKS only, and up to batch `easy` there are at most two
     objects and exact boxes: to tell two apart is learned before four, to copy before to compare.
+    Every other row, by chance, shows the hardest of four scenes (see left_edge_gap).
     """
 
     def __init__(self, tokenizer: Tokenizer, batch_size: int, first: int, easy: int):
@@ -215,13 +223,16 @@ class LanguageScenes(IterableDataset):
 
     def __iter__(self):
         for number in itertools.count():
-            start = 10**8 + number * self.batch_size
-            rows = [self.row(seed, number) for seed in range(start, start + self.batch_size)]
+            start = 10**8 + 4 * number * self.batch_size
+            seeds = range(start, start + 4 * self.batch_size, 4)
+            rows = [self.row(seed, number) for seed in seeds]
             yield language_batch(rows, self.tokenizer)
 
     def row(self, seed: int, number: int) -> dict:
         most = 2 if number < self.easy else world.MAX_OBJECTS
-        scene, rng = world.sample_scene(seed, "train", most), random.Random(seed)
+        rng = random.Random(seed)
+        drawn = [world.sample_scene(seed + n, "train", most) for n in range(rng.choice((1, 4)))]
+        scene = min(drawn, key=left_edge_gap)
         weights = FIRST_TASKS if number < self.first else LATER_TASKS
         stage = 4 if number < self.first else rng.choices((1, 3, 4), (1, 1, 10))[0]
         if stage == 4:
@@ -370,7 +381,7 @@ def new_phi(tokenizer: Tokenizer) -> Phi:
 
 
 def pretrain_language(
-    out: Path, steps: int = 8000, batch_size: int = 8, peak_lr: float = 1.5e-3
+    out: Path, steps: int = 11000, batch_size: int = 8, peak_lr: float = 1.5e-3
 ) -> None:
     """Phi from scratch on text alone; writes phi.safetensors."""
     torch.manual_seed(0)
