@@ -359,7 +359,7 @@ def schedule_of(config: TrainConfig) -> Schedule:
 
 def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device: str) -> TinyGPTV:
     """The model of an earlier stage, made ready for this one. trained: what this one has learned so
-    far, if it goes on."""
+    far, if it goes on. Raises ValueError if that is not just what learns here, or quantized."""
     torch.manual_seed(config.seed)  # of what has no weights yet
     dtype = PRECISIONS[config.precision]
     place = "cpu" if config.int8 else device  # where there is room for bf16
@@ -368,6 +368,10 @@ def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if trained and trained.keys() != trainable:
+        names = ", ".join(sorted(trained.keys() ^ trainable))
+        raise ValueError(f"{config.out}/train_state.pt is of another model; not in both: {names}")
     model.load_state_dict(trained, strict=False)
     if config.int8:
         quantize_model(model)

@@ -56,12 +56,14 @@ class RunLog:
         """A bar over the steps from `start` on. What was logged past it, before a run was stopped
         by force, is done again and therefore forgotten."""
         self.began = self.last = time.time()
-        self.chance = math.log(vocab_size)
+        self.chance, self.seconds_before = math.log(vocab_size), 0.0
         if self.file:
             self.file.seek(0)
             kept = self.file.readlines()[:start]
             self.file.truncate(0)
             self.file.writelines(kept)
+            if kept:
+                self.seconds_before = json.loads(kept[-1])["seconds"]
         done = {"initial": start, "total": steps}
         return tqdm(range(start, steps), desc=str(self.out), disable=self.quiet, **done)
 
@@ -93,9 +95,10 @@ class RunLog:
                       f"{self.chance:.3f}")  # fmt: skip
         if self.file:
             record = {
-                "step": step, "loss": None if is_bad else round(loss, 4), "lr": lr,
+                "step": step, "loss": None if is_bad else round(loss, 7), "lr": lr,
                 "grad_norm": None if is_bad else round(grad_norm, 4),
-                "tokens_per_second": round(tokens / seconds), "seconds": round(now - self.began, 1),
+                "tokens_per_second": round(tokens / seconds),
+                "seconds": round(self.seconds_before + now - self.began, 1),
                 "peak_memory_gb": round(peak_memory_gb(), 3),
             }  # fmt: skip
             print(json.dumps(record), file=self.file, flush=True)
