@@ -1,7 +1,8 @@
 """Writes the numbers of README.md: python experiments/readme.py
 
 Each of its tables and outputs stands between two comments, <!-- name --> and <!-- /name -->, and is
-made anew from experiments/results/ and from the log of each shipped stage; so is assets/loss.png.
+made anew from experiments/results/, from the log of each shipped stage and from the code; so are
+assets/loss.png and assets/architecture.png.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.architecture import draw_architecture, shape_table, shapes
 from experiments.run_log import draw_losses
 from model import TinyGPTV
 from train import set_trainable
@@ -157,6 +159,15 @@ def described() -> str:
     return f"```\n{run.stdout.strip()}\n```"
 
 
+def with_line_counts(text: str) -> str:
+    """The README with the lines of each file in the table that begins | `file` | lines |."""
+
+    def counted(row: re.Match) -> str:
+        return f"| `{row[1]}` | {len((ROOT / row[1]).read_text('utf-8').splitlines())} |"
+
+    return re.sub(r"^\| `(\w+\.py)` \| \d+ \|", counted, text, flags=re.MULTILINE)
+
+
 def put(text: str, name: str, content: str) -> str:
     """The README with `content` between the comments of that name."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -171,6 +182,9 @@ def main() -> None:
     text = put(text, "describe", described())
     stages = ROOT / "miniature" / "weights"
     draw_losses([stages / f"stage{stage}" for stage in LEARNS], ROOT / "assets" / "loss.png")
+    architecture = draw_architecture(shapes("full"), shapes("mini"))
+    architecture.save(ROOT / "assets" / "architecture.png")
+    text = put(with_line_counts(text), "shapes", shape_table())
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
     text = put(text, "size", size_table())
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,17 @@ def test_tables_are_what_the_results_say():
     assert between("speed") == readme.speed_table() + "\n\n" + readme.memory_table()
     assert between("agreement") == readme.agreement()
     assert between("training") == readme.training_table()
+    assert between("shapes") == readme.shape_table()
+
+
+def test_line_counts_are_right():
+    assert TEXT == readme.with_line_counts(TEXT) and "| `vision.py` | 225 |" in TEXT
+
+
+def test_code_that_the_readme_names_exists():
+    for module, name in re.findall(r"`(vision|bridge|lora|quantize|model|data|generate|train)"
+                                   r"\.((?!py)[\w.]+)`", TEXT):  # fmt: skip
+        assert attrgetter(name)(import_module(module)), name
 
 
 def test_the_first_command_describes_the_picture():
