@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 @dataclass
 class QFormerConfig:
+    """Sizes of the Q-Former; vision_hidden_size is the width of the ViT that it reads."""
+
     num_queries: int  # also the number of places that a picture takes in the prompt
     hidden_size: int
     num_layers: int
@@ -31,6 +33,8 @@ class QFormerConfig:
 
 @dataclass
 class ProjectorConfig:
+    """Widths of the two projections: Q-Former -> what lies between -> Phi."""
+
     in_features: int
     mid_features: int  # 4096 because the first projection was MiniGPT-4's, made for Vicuna-7B
     out_features: int
@@ -100,9 +104,11 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
+        """(B, T, hidden_size) -> (B, heads, T, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, context: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, hidden_size), context (B, S, context_size) -> (B, T, hidden_size)."""
         q = self.split_heads(self.query(x))
         k = self.split_heads(self.key(context))
         v = self.split_heads(self.value(context))
@@ -125,6 +131,7 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, hidden_size) -> the same."""
         return self.norm(self.fc2(F.gelu(self.fc1(x))) + x)
 
 
@@ -138,6 +145,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, picture: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """x (B, queries, hidden_size), picture (B, N, vision_hidden_size) -> as x."""
         x = self.self_attn(x, context=x)
         if self.cross_attn is not None:
             x = self.cross_attn(x, context=picture, maps=maps)
@@ -164,6 +172,7 @@ class QFormer(nn.Module):
         )
 
     def forward(self, image_features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """As the class says."""
         picture = self.ln_vision(image_features)
         x = self.norm(self.query_tokens).expand(len(picture), -1, -1)  # (B, queries, hidden_size)
         for layer in self.layers:
@@ -192,4 +201,5 @@ class Projector(nn.Module):
         self.fc2 = nn.Linear(config.mid_features, config.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
         return self.fc2(self.fc1(x))

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 @dataclass
 class LoRAConfig:
+    """Sizes of a LoRA detour."""
+
     r: int  # rank of the detour
     alpha: int  # the detour is scaled by alpha / r
     dropout: float = 0.05
@@ -52,6 +54,7 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
         detour = self.lora_B(self.lora_A(self.lora_dropout(x)))
         frozen = super().forward(x) if self.int8 is None else self.int8(x)
         return frozen + self.scaling * detour

@@ -49,6 +49,8 @@ Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, one after the other
 
 @dataclass
 class PhiConfig:
+    """Sizes of Phi, and which of TinyGPT-V's norms it has."""
+
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -102,6 +104,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same, in fp32."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
 
 
@@ -152,6 +155,7 @@ class Attention(nn.Module):
         self, x: Tensor, cos_sin: Tensor, mask: Tensor | None,
         cache: KVCache | None = None, maps: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
+        """x (B, T, hidden_size) -> the same; mask: see causal_mask; cache and maps: see Phi."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q = apply_rotary(self.q_layernorm(q).to(v.dtype), cos_sin)  # (B, heads, T, head_dim)
@@ -183,6 +187,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, hidden_size) -> the same."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -206,6 +211,7 @@ class Block(nn.Module):
         self, x: Tensor, cos_sin: Tensor, mask: Tensor | None,
         cache: KVCache | None = None, maps: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
+        """x (B, T, hidden_size) -> the same; mask, cache and maps as in Attention."""
         h = self.input_layernorm(x)
         attended = self.post_layernorm(self.self_attn(h, cos_sin, mask, cache, maps))
         return x + self.resid_dropout(attended) + self.resid_dropout(self.mlp(h))
@@ -321,6 +327,8 @@ PHI_NAMES = {
 
 @dataclass
 class ModelConfig:
+    """All of config.json: the sizes of the parts, and what training has made of them."""
+
     vision: VisionConfig
     qformer: QFormerConfig
     projector: ProjectorConfig
@@ -344,6 +352,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
+        """What dataclasses.asdict made. Raises KeyError or TypeError for anything else."""
         lora = values["lora"]
         return cls(
             VisionConfig(**values["vision"]), QFormerConfig(**values["qformer"]),
@@ -633,6 +642,7 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool)
 
 
 def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is the extreme of both
 
 
@@ -652,6 +662,7 @@ def release(path: Path | None) -> None:
 
 
 def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
+    """Raises ValueError unless all names were found in the folder."""
     missing = sorted(names - set(found))
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
@@ -672,6 +683,7 @@ def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
 
 
 def write_config(config: ModelConfig, folder: Path, backbones: str) -> None:
+    """Writes config.json; backbones: the folder of the frozen tensors as seen from `folder`."""
     text = json.dumps(asdict(config) | {"backbones": backbones}, indent=2)
     with replace_file(folder / "config.json") as path:
         path.write_text(text + "\n", "utf-8")

@@ -166,6 +166,7 @@ class PackedLinear(nn.Module):
         self.num_bytes = num_bytes
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
         rows = x.flatten(0, -2).float()
         largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp(min=TINY)
         num_bytes = self.num_bytes
@@ -299,6 +300,7 @@ def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
 
 
 def pack_layers(block: nn.Module, num_bytes: int) -> None:
+    """Replaces, in place, every Int8Linear below `block` by a PackedLinear."""
     for name, layer in list(block.named_modules()):
         if isinstance(layer, Int8Linear):
             block.set_submodule(name, PackedLinear([layer], num_bytes))
@@ -376,6 +378,7 @@ def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
     parser = argparse.ArgumentParser(description="Quantize TinyGPT-V to int8.")
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -60,6 +60,8 @@ from quantize import quantize_model
 
 @dataclass
 class TrainConfig:
+    """What a run is told on the command line, each field as key=value."""
+
     stage: int = 0  # 1 to 4
     preset: str = "mini"  # or "full"
     weights: str = "miniature/weights"  # with the backbones and the stage to begin from
@@ -84,6 +86,8 @@ class TrainConfig:
 
 @dataclass
 class Schedule:
+    """How long a stage is, and how fast it learns when; `learning_rate` reads it."""
+
     cycles: int  # how often the whole schedule is gone through, each time with a new optimizer
     epochs: int
     steps_per_epoch: int
@@ -391,6 +395,7 @@ def recompute_layers(phi: Phi) -> None:
 
 
 def new_optimizer(model: TinyGPTV) -> torch.optim.AdamW:
+    """AdamW with the official weight decay, and with nothing remembered."""
     return torch.optim.AdamW(optimizer_groups(model, weight_decay=0.05))
 
 
@@ -563,6 +568,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, 130 after Ctrl-C."""
     try:
         stopped_by = train(parse_arguments(arguments))
     except (ValueError, OSError) as error:

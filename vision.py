@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 @dataclass
 class VisionConfig:
+    """Sizes of a ViT."""
+
     image_size: int  # the size whose position grid is stored, in pixels; others are interpolated
     patch_size: int
     hidden_size: int
@@ -51,8 +53,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.hidden_size, patch, stride=patch, bias=not config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (B, 3, S, S) -> (B, N, hidden_size), row by row."""
         x = self.proj(pixel_values)  # (B, C, S/14, S/14)
-        return x.flatten(2).transpose(1, 2)  # (B, N, C), row by row
+        return x.flatten(2).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, hidden_size) -> the same."""
         B, N, C = x.shape
         k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
         bias = torch.cat([self.q_bias, k_bias, self.v_bias])
@@ -107,6 +111,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, hidden_size) -> the same."""
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
@@ -122,6 +127,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, hidden_size) -> the same."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -178,6 +184,7 @@ class EvaViT(nn.Module):
         return x + interpolate_pos_embed(self.pos_embed, height // patch, self.config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """As the class says. Raises ValueError if S x S is not square, or not whole patches."""
         x = self.ln_pre(self.embed(pixel_values))
         for block in self.blocks:
             x = block(x)

@@ -54,6 +54,7 @@ def find(src: Path, *names: str) -> Path:
 
 
 def read_json(path: Path) -> dict:
+    """The content of a JSON file. Raises ValueError, naming it, for anything else."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -87,6 +88,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Lists, dicts, texts and numbers only; any name in a pickle could start a program."""
 
     def find_class(self, module: str, name: str) -> None:
+        """Raises UnpicklingError for any name."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of texts needs")
 
 
@@ -139,6 +141,7 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 # ---- the datasets, in the order of official/mixture.json ----
 def descriptions(src: Path) -> Iterator[Found]:
+    """MiniGPT-4's long descriptions, of stage 3."""
     path = find(src, "filter_cap.json")
     for entry in read_json(path)["annotations"]:
         image = path.parent / "image" / f"{entry['image_id']}.jpg"
@@ -155,17 +158,20 @@ def dialogues(src: Path, file: str) -> Iterator[tuple[Path, list[str]]]:
 
 
 def conversations(src: Path, file: str) -> Iterator[Found]:
+    """Conversations of several turns."""
     for image, turns in dialogues(src, file):
         turns = [list(turn) for turn in zip(turns[::2], turns[1::2])]
         yield {"image": image, "task": "chat", "turns": turns}
 
 
 def first_turns(src: Path, file: str) -> Iterator[Found]:
+    """The first question of each conversation, and its answer."""
     for image, turns in dialogues(src, file):
         yield instruct(image, caption_text(turns[0]), turns[1])
 
 
 def unnatural_instructions(src: Path) -> Iterator[Found]:
+    """Instructions without pictures."""
     for entry in read_list(find(src, "filtered_unnatural_instruction.json")):
         first = entry["instances"][0]
         prompt = f"{first['instruction_with_input']} {first['constraints'] or ''}"
@@ -174,6 +180,7 @@ def unnatural_instructions(src: Path) -> Iterator[Found]:
 
 
 def visual_genome(src: Path) -> Iterator[Found]:
+    """Regions of Visual Genome as phrases to find, but for those that are too large."""
     path = find(src, "region_descriptions.json")
     urls = {image["image_id"]: image["url"] for image in read_list(find(src, "image_data.json"))}
     for entry in read_list(path):
@@ -202,6 +209,7 @@ def flickr(src: Path, file: str) -> Iterator[Found]:
 
 
 def coco_captions(src: Path) -> Iterator[Found]:
+    """Captions of COCO's train2014, of which Karpathy's split keeps a part."""
     coco = find(src, *COCO)
     for entry in read_list(find(src, "coco_karpathy_train.json")):
         if "train" in entry["image"]:
@@ -212,6 +220,7 @@ def coco_captions(src: Path) -> Iterator[Found]:
 
 
 def textcaps(src: Path) -> Iterator[Found]:
+    """Captions that read the text in a picture."""
     path = find(src, "TextCaps_0.1_train.json")
     for entry in read_json(path)["data"]:
         image = path.parent / "train_images" / f"{entry['image_id']}.jpg"
@@ -219,6 +228,7 @@ def textcaps(src: Path) -> Iterator[Found]:
 
 
 def referring(src: Path, folder: str, split_by: str, task: str) -> Iterator[Found]:
+    """Phrases of RefCOCO, RefCOCO+ or RefCOCOg with their boxes: to refer, or to identify."""
     coco = find(src, *COCO)
     path = find(src, f"{folder}/instances.json")
     boxes = {thing["id"]: thing["bbox"] for thing in read_json(path)["annotations"]}
@@ -232,6 +242,7 @@ def referring(src: Path, folder: str, split_by: str, task: str) -> Iterator[Foun
 
 
 def coco_questions(src: Path, answers: str, *files: str) -> Iterator[Found]:
+    """Questions about COCO's pictures; `answers` is what their answers are called."""
     coco = find(src, *COCO)
     for path in [find(src, file) for file in files]:
         for entry in read_list(path):
@@ -240,12 +251,14 @@ def coco_questions(src: Path, answers: str, *files: str) -> Iterator[Found]:
 
 
 def gqa(src: Path) -> Iterator[Found]:
+    """Questions of GQA, each with one answer."""
     path = find(src, "train_balanced_questions.json")
     for entry in read_list(path):
         yield vqa(path.parent / "images" / entry["image"], entry["question"], [entry["answer"]])
 
 
 def book_covers(src: Path) -> Iterator[Found]:
+    """Questions of OCR-VQA about the covers of books."""
     path = find(src, "ocrvqa/dataset.json", "dataset.json")
     for key, book in read_json(path).items():
         image = path.parent / "images" / (key + os.path.splitext(book["imageURL"])[1])
@@ -329,6 +342,7 @@ def convert(name: str, src: Path, out: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
     parser = argparse.ArgumentParser(description="Make a record file of an official dataset.")
     parser.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--src", type=Path, required=True, metavar="DIR")

@@ -30,6 +30,7 @@ def export_checkpoint(model: TinyGPTV, path: Path) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
     parser = argparse.ArgumentParser(description="Export a checkpoint in the official format.")
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")

@@ -37,6 +37,7 @@ def needed(files: list[dict], stage: int, vision: str) -> list[dict]:
 
 
 def describe(files: list[dict]) -> str:
+    """What there is to download, file by file."""
     lines = []
     for file in files:
         size = f"{file['bytes'] / 1e6:,.1f} MB" if file["bytes"] else "size unknown"
@@ -140,6 +141,7 @@ def not_weights(beginning: bytes) -> str | None:
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as opened:
         while block := opened.read(CHUNK):
@@ -148,6 +150,7 @@ def sha256(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
     parser = argparse.ArgumentParser(description="Download the official weight files.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="without it: say what there is")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=4)

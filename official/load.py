@@ -62,6 +62,8 @@ NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weig
 
 @dataclass
 class WeightFile:
+    """A file of weights that is open, and what has become of its tensors."""
+
     path: Path
     tensors: dict[str, Tensor]  # memory-mapped, but for pickles from before torch 1.6
     part: str
@@ -109,6 +111,7 @@ def first_words(error: Exception) -> str:
 
 
 def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Which part of the model a file holds, by its names. Raises ValueError for none."""
     for part, sign in SIGNS.items():
         if any(re.match(sign, name) for name in tensors):
             return part
@@ -117,6 +120,7 @@ def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError, naming the file, for anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError:
@@ -155,6 +159,7 @@ def stage_of(file: WeightFile) -> int | None:
 
 
 def has_lora(file: WeightFile) -> bool:
+    """Whether a checkpoint is of stage 2 or later."""
     return any(".lora_A." in name for name in file.tensors)
 
 
@@ -316,10 +321,12 @@ def new_norm(name: str, like: Tensor) -> Tensor:
 
 
 def held_twice(name: str, one: Path, other: Path) -> ValueError:
+    """The error about a tensor that is in two files."""
     return ValueError(f"{one} and {other} both hold {name}; move one of them elsewhere")
 
 
 def files_by_name(files: list[WeightFile]) -> dict[str, WeightFile]:
+    """Which file holds a tensor. Raises ValueError if two do."""
     file_of: dict[str, WeightFile] = {}
     for file in files:
         for name in file.tensors:
@@ -365,6 +372,7 @@ def open_official(
 def read_official(
     filling: Filling, parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None
 ) -> Tensors:
+    """The tensors of the checkpoint, of the other files, and what none of them has."""
     model = filling.model
     if checkpoint:
         yield from filling.take([checkpoint])
@@ -398,6 +406,7 @@ def read_backbones(
 
 
 def closing_lines(model: TinyGPTV, begun: int, checkpoint: WeightFile | None) -> list[str]:
+    """The end of the report: the total, and what is not to be expected."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = f"; {begun} tensors that no file has are as training begins" if begun else ""
     lines = [f"stage {model.stage}: {total:,} parameters, every one accounted for{rest}"]
