@@ -634,11 +634,25 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool)
         raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
     if not expected.is_floating_point() and tensor.dtype != expected.dtype:
         raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}")
-    converted = tensor.to(expected.dtype, copy=copy)
+    converted = in_dtype(tensor, expected.dtype, copy)
     if not all_finite(converted):
         too_large = f"numbers too large for {expected.dtype}"
         raise ValueError(f"{name} holds {too_large if all_finite(tensor) else 'NaN or infinity'}")
     return converted
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+    """The tensor in a dtype; in new memory if `copy` or if it has another one.
+
+    fp16 becomes bf16 by way of fp32, in parts that fit into the processor's cache: torch is fast on
+    both halves of the way, and slow on the whole.
+    """
+    if (tensor.dtype, dtype) != (torch.float16, torch.bfloat16):
+        return tensor.to(dtype, copy=copy)
+    result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    for place, part in zip(*(whole.reshape(-1).split(2**18) for whole in (result, tensor))):
+        place.copy_(part.float())
+    return result
 
 
 def all_finite(tensor: Tensor) -> bool:

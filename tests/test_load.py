@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import train
 from golden_case import Case, full_config, full_weights, qformer_config
-from model import ModelConfig, TinyGPTV, is_trainable, release, save_checkpoint
+from model import ModelConfig, TinyGPTV, in_dtype, is_trainable, release, save_checkpoint
 from official import export, load
 from official.export import export_checkpoint
 from official.load import open_official, open_weights
@@ -608,3 +608,13 @@ def test_from_pretrained_knows_a_folder_of_official_files(case, folder, monkeypa
     model = TinyGPTV.from_pretrained(folder)
     assert model.phi.lm_head.weight.dtype == torch.bfloat16
     assert len(model.tokenizer) == 50295 and isinstance(model.config, ModelConfig)
+
+
+def test_fp16_becomes_bf16_as_torch_has_it():
+    """All numbers of fp16, and more than one part of them."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    tensor = every.repeat(5).view(5, -1).T
+    found, expected = in_dtype(tensor, torch.bfloat16, copy=False), tensor.to(torch.bfloat16)
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and tensor.numel() > 2**18
+    assert in_dtype(expected, torch.bfloat16, copy=False) is expected
+    assert in_dtype(expected, torch.bfloat16, copy=True).data_ptr() != expected.data_ptr()
