@@ -319,17 +319,19 @@ def gradient(model: TinyGPTV, batch: dict, dtype: torch.dtype) -> tuple[float, T
 
 
 def in_fp16(model: TinyGPTV, batches: list[dict]) -> dict:
-    """How many batches are not finite in fp16 without a loss scale, and the share of the gradient's
-    elements that are zero there and not in fp32; the largest activation, in fp32."""
+    """The share of batches that are not finite in fp16 without a loss scale; in the others, that of
+    the gradient's elements that are zero there and not in fp32; the largest activation, in fp32."""
     bad, lost, elements, largest = 0, 0, 0, 0.0
     for batch in batches:
         _, true, most = gradient(model, batch, torch.float32)
         loss, half, _ = gradient(model, batch, torch.float16)
-        bad += not (math.isfinite(loss) and bool(half.isfinite().all()))
-        lost += int(((half == 0) & (true != 0)).sum())
-        elements += int((true != 0).sum())
         largest = max(largest, most)
-    return {"fp16_bad": bad / len(batches), "fp16_lost": lost / max(1, elements),
+        if math.isfinite(loss) and half.isfinite().all():
+            lost += int(((half == 0) & (true != 0)).sum())
+            elements += int((true != 0).sum())
+        else:
+            bad += 1
+    return {"fp16_bad": bad / len(batches), "fp16_lost": lost / elements if elements else None,
             "largest_activation": largest}  # fmt: skip
 
 

@@ -62,11 +62,12 @@ def norms_table(runs: Runs) -> str:
         stages = [stage for run in found for stage in run["stages"].values()]
         middle = statistics.median(stage["grad_norm_median"] or 0 for stage in stages)
         largest = max(stage["grad_norm_max"] or 0 for stage in stages)
-        lost, bad = (statistics.mean(stage[key] for stage in stages)
-                     for key in ("fp16_lost", "fp16_bad"))  # fmt: skip
+        bad = statistics.mean(stage["fp16_bad"] for stage in stages)
+        lost = [stage["fp16_lost"] for stage in stages if stage["fp16_lost"] is not None]
         rows.append([
             name, *(spread([loss_of(run, stage) for run in found]) for stage in STAGES),
-            PAPER[name], f"{middle:.2f}, {largest:.1f}", f"{lost:.2%}", f"{bad:.0%}",
+            PAPER[name], f"{middle:.2f}, {largest:.1f}",
+            f"{statistics.mean(lost):.2%}" if lost else "", f"{bad:.0%}",
             f"{max(stage['largest_activation'] for stage in stages):.0f}",
         ])  # fmt: skip
     head = ["", *(f"loss, stage {stage}" for stage in STAGES), "the paper's, with Phi-2",

@@ -212,7 +212,8 @@ def test_fp16_loses_what_is_too_small_or_too_large(model, pool):
     assert 1 < as_it_is["largest_activation"] < 1000
     large = copy.deepcopy(model)
     large.phi.layers[3].mlp.fc1.weight.data *= 1e4
-    assert ablation.in_fp16(large, [batch])["fp16_bad"] == 1
+    overflown = ablation.in_fp16(large, [batch])
+    assert overflown["fp16_bad"] == 1 and overflown["fp16_lost"] is None
     model.phi.final_layernorm.weight.data *= 1e-6
     assert ablation.in_fp16(model, [batch])["fp16_lost"] > 0.5
 
@@ -251,7 +252,7 @@ def test_wrong_arguments_are_one_line(argument, said, capsys):
 def fake_result(folder: Path, study: str, name: str, seed: int, loss: float | None) -> None:
     """A run's file as ablation.py writes it, with losses 4, 3, 2 times `loss` before the last."""
     about = {"grad_norm_median": 0.5, "grad_norm_max": 1.5 + seed, "bad_steps": 0,
-             "fp16_bad": 0.25, "fp16_lost": 0.001, "largest_activation": 30.0}  # fmt: skip
+             "fp16_bad": 0.25, "fp16_lost": loss and 0.001, "largest_activation": 30.0}  # fmt: skip
     stages = {str(5 - times): {"loss": loss and times * loss} | about for times in (4, 3, 2, 1)}
     scores = {key: 0.1 * seed + 0.5 for key in ("caption_f1", "refer_iou50", "identify",
                                                 "detection_f1", "grounding_f1")}  # fmt: skip
@@ -278,6 +279,7 @@ def test_the_report_has_mean_and_spread(tmp_path, monkeypatch):
                                  "0.250 ± 0.071", "2.620, 2.343, 1.125, 1.330"]  # fmt: skip
     assert cells["full"][5:] == ["0.50, 2.5", "0.10%", "25%", "30"]
     assert cells["no QK-norm"][:5] == ["not finite"] * 4 + ["vanish"]
+    assert cells["no QK-norm"][6] == "0.10%"  # of the run that has it
     assert cells["full (2)"] == ["0.550 ± 0.071", "0.900 ± 0.000"] + ["0.550 ± 0.071"] * 4
     assert cells["MLP (1)"][:2] == ["0.500", "0.900"] and "no LoRA" not in cells
 
