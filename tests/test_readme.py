@@ -34,6 +34,8 @@ def test_tables_are_what_the_results_say():
     assert between("speed") == readme.speed_table() + "\n\n" + readme.memory_table()
     assert between("agreement") == readme.agreement()
     assert between("training") == readme.training_table()
+    assert between("efficiency") == readme.efficiency_table()
+    assert between("ablation") == readme.ablation_section()
     assert between("shapes") == readme.shape_table()
 
 

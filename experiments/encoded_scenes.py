@@ -1,0 +1,114 @@
+"""Scenes that are looked at once: what the frozen half of the model makes of them, kept.
+
+ViT and Q-Former do not learn in any stage, so of the same picture they always make the same 32
+vectors, and making them is most of a step. Here a pool of scenes is encoded once, and all stages
+of all runs learn from it: a step then costs what Phi costs.
+
+    encode_scenes, open_pool    the pool, as a file in a temporary folder
+    PoolDataset                 rows as miniature/stream.py has them, with vectors for pixels
+    on_queries                  a model that takes them
+"""
+
+import hashlib
+import math
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data import STAGES, Tokenizer, encode_sample, make_sample, preprocess
+from miniature import world
+from miniature.stream import conversation
+from model import TinyGPTV, autocast, replace_file
+
+FIRST_SCENE = 7 * 10**8  # of training, far from the stages' own
+PATCH_GRID = (4, 8)  # as many as there are queries
+Pool = dict[str, Tensor]  # "queries 112", "patches 224": (scenes, 32, features)
+
+
+def pooled_patches(features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+    """The ViT's patches (B, 1 + side * side, C), averaged in a grid of 4 x 8: (B, 32, C). What a
+    bridge would have to work with if there were no Q-Former, whose place this function takes."""
+    side = math.isqrt(features.shape[1] - 1)
+    picture = features[:, 1:].float().transpose(1, 2).unflatten(2, (side, side))
+    return F.adaptive_avg_pool2d(picture, PATCH_GRID).flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def encode_scenes(model: TinyGPTV, scenes: int, batch_size: int = 40) -> Pool:
+    """Queries and pooled patches of so many scenes at both resolutions, as they come, in fp32."""
+    small = model.config.vision.image_size
+    seen: dict[str, list[Tensor]] = {}
+    for size in (small, 2 * small):
+        for first in tqdm(range(0, scenes, batch_size), desc=f"scenes at {size} pixels"):
+            numbers = range(FIRST_SCENE + first, FIRST_SCENE + min(scenes, first + batch_size))
+            drawn = [world.render(world.sample_scene(n, "train"), size) for n in numbers]
+            pixels = torch.stack([preprocess(image, size) for image in drawn])
+            with autocast(model.phi.embed_tokens.weight):
+                features = model.visual_encoder(pixels)
+                views = {"queries": model.qformer(features), "patches": pooled_patches(features)}
+            for view, vectors in views.items():
+                seen.setdefault(f"{view} {size}", []).append(vectors.float())
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def fingerprint(weights: str, files: tuple[str, ...]) -> str:
+    """A short hash of some files of the backbones: results and pools tell whose they are."""
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update((Path(weights) / f"{name}.safetensors").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def open_pool(model: TinyGPTV, weights: str, scenes: int, folder: str) -> Path:
+    """The file of the pool, made if it is not there yet. folder: "" for the system's temporary."""
+    name = f"scenes-{scenes}-{fingerprint(weights, ('vision', 'qformer'))}.pt"
+    path = Path(folder or tempfile.gettempdir()) / name
+    if not path.exists():
+        with replace_file(path) as temporary:
+            torch.save(encode_scenes(model, scenes), temporary)
+    return path
+
+
+class PoolDataset(Dataset):
+    """Rows of one task as WorldDataset's, about scenes of the pool; the scene and its wording
+    depend on (seed, task, stage, position) alone. vectors (scenes, 32, features) stand in the
+    place of pixel_values."""
+
+    def __init__(
+        self, task: str, stage: int, tokenizer: Tokenizer, image_size: int, num_queries: int,
+        seed: int, vectors: Tensor,
+    ):  # fmt: skip
+        self.task, self.stage, self.tokenizer = task, stage, tokenizer
+        self.image_size, self.num_queries = image_size, num_queries
+        self.seed, self.vectors = seed, vectors
+
+    def __getitem__(self, position: int) -> dict:
+        rng = random.Random(f"{self.seed} {self.task} {self.stage} {position}")
+        number, size = rng.randrange(len(self.vectors)), self.image_size
+        scene = world.sample_scene(FIRST_SCENE + number, "train")
+        if self.task == "chat":
+            record = conversation(scene, rng, size)
+        else:
+            record = world.sample_record(scene, rng, self.task, size)
+        turns = make_sample(record, self.stage, rng, (size, size))
+        _, end_sym, max_txt_len = STAGES[self.stage]
+        row = encode_sample(turns, self.tokenizer, 1, self.num_queries, max_txt_len, end_sym)
+        return row | {"pixel_values": self.vectors[number][None]}
+
+
+@contextmanager
+def on_queries(model: TinyGPTV) -> Iterator[None]:
+    """Within, the model takes what the Q-Former has made of pictures, and not their pixels."""
+    model.encode_images = lambda queries: model.projector(queries)
+    try:
+        yield
+    finally:
+        del model.encode_images
