@@ -361,7 +361,7 @@ class ModelConfig:
         )  # fmt: skip
 
 
-# What numbers a configuration may hold: whole ones from 1 to a million, others from 0 to 1, but
+# What numbers a configuration may hold: whole ones from 1 to a million, others from 0 to 1, or
 RANGES = {"num_layers": (1, 200), "stage": (0, 4), "rope_theta": (1, 1e9)}
 
 
