@@ -131,9 +131,11 @@ def test_clip_with_a_tensor_too_many_or_too_few():
 
 def test_control_codes_in_names_do_not_reach_the_terminal(tmp_path):
     save_file({"\x1b[2J\n": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="is no part of TinyGPT-V") as error:
-        load.open_weights(tmp_path / "a.safetensors")
-    assert str(error.value).isprintable()
+    (tmp_path / "a.pth").write_bytes(b"\x80\x02c\x1b[2J\nname\n.")
+    for name, reason in (("a.safetensors", "no part of TinyGPT-V"), ("a.pth", "could run code")):
+        with pytest.raises(ValueError, match=reason) as error:
+            load.open_weights(tmp_path / name)
+        assert str(error.value).isprintable()
 
 
 # ---- downloads ----
