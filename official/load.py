@@ -97,7 +97,7 @@ def open_weights(path: Path) -> WeightFile:
             content = load_file(path)
     except Exception as error:  # damaged bytes can make a parser raise anything
         reason = first_words(error)
-        if "Unsupported global" in reason:
+        if "unsupported global" in reason.lower():
             raise ValueError(
                 f"{described} holds something else than tensors and plain values ({reason}); "
                 f"that could run code, so it was not opened. If it is damaged, {AGAIN}"
@@ -125,7 +125,8 @@ def is_plain(tensor: object) -> bool:
 def first_words(error: Exception) -> str:
     """What a library says, without the advice that follows."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-    return printable(text.splitlines()[0].split(". ")[0][:120])
+    words = re.search(r"unsupported global.*", text, re.IGNORECASE) or re.search(r".*", text)
+    return printable(words[0].split(". ")[0][:120])
 
 
 def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
