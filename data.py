@@ -33,8 +33,22 @@ IMAGE_TOKEN_ID = -1  # in input_ids: the place of one projected query
 IMAGE_PLACEHOLDER = "<ImageHere>"  # in prompts: the place of one picture
 IGNORE = -100  # in labels: no target
 
+
+def printable(text: object) -> str:
+    """On one line, without control codes: texts from a damaged or hostile file go to a terminal."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in str(text))
+
+
+def is_file_name(name: object) -> bool:
+    """Whether it can only mean something in the folder in which it is looked for."""
+    return (isinstance(name, str) and name.isprintable() and Path(name).name == name
+            and name not in ("", ".."))  # fmt: skip
+
+
 # ---- pictures ----
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Of what Pillow reads, the formats of pictures; EPS is a program, and Pillow would run it.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS, MAX_SIDE = 100_000_000, 65_535
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,15 +61,15 @@ def load_image(path: str | Path | BinaryIO) -> Image.Image:
     A JPEG that is corrupted in mid-stream decodes without complaint and goes unnoticed.
     """
     try:
-        with warnings.catch_warnings():  # Pillow's own limit for a warning is lower
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-            raise ValueError(f"{image.width}x{image.height} pixels are too many to decode")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():  # of metadata, or of fewer pixels than the limit here
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=PICTURE_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                    raise ValueError(f"{image.width}x{image.height} pixels are too many to decode")
+                return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read the image {path}: {reason}") from error
+        raise ValueError(printable(f"cannot read the image {path}: {reason}")) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -101,8 +115,8 @@ class Tokenizer:
             merges = (folder / "merges.txt").read_text("utf-8").splitlines()
             added = folder / "added_tokens.json"
             self._added = json.loads(added.read_text("utf-8")) if added.exists() else {}
-            self.eos_token_id = (vocab | self._added)[END_OF_TEXT]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.eos_token_id = _checked_ids(vocab | self._added)[END_OF_TEXT]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"cannot read the tokenizer files of {folder}: {error}") from error
         self.bos_token_id = self.pad_token_id = self.eos_token_id
         ranks = _byte_ranks(vocab, merges, folder)
@@ -138,6 +152,16 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
 
 
+def _checked_ids(ids: dict[str, int]) -> dict[str, int]:
+    """The same table of tokens. Raises ValueError unless each has text and an id of its own."""
+    for token, i in ids.items():
+        if token == "" or type(i) is not int or not 0 <= i < 2**20:
+            raise ValueError(f"the id of {token!r:.40} is {i!r:.40}, not a number from 0 up")
+    if len(set(ids.values())) < len(ids):
+        raise ValueError("two tokens have the same id")
+    return ids
+
+
 def _byte_ranks(vocab: dict, merges: list[str], folder: Path) -> dict[bytes, int]:
     """tiktoken merges in the order of ids, GPT-2 in that of merges.txt: they have to agree."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -145,11 +169,13 @@ def _byte_ranks(vocab: dict, merges: list[str], folder: Path) -> dict[bytes, int
     alphabet = {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
     made = [m.replace(" ", "") for m in merges if m and not m.startswith("#version")]
     differing = {*alphabet, *made} ^ (set(vocab) - {END_OF_TEXT})
+    differing |= {token for token in made if not set(token) <= alphabet.keys()}
     ids = [vocab.get(token, -1) for token in made]
     if differing or ids != sorted(ids):
+        shown = str(sorted(differing)[:3] or "the order")[:200]
         raise ValueError(
             f"{folder}: vocab.json and merges.txt do not belong together (expected: the 256 bytes "
-            f"and the merges in their order; differing: {sorted(differing)[:3] or 'the order'})"
+            f"and the merges in their order; differing: {shown})"
         )
     return {bytes(alphabet[c] for c in t): i for t, i in vocab.items() if t != END_OF_TEXT}
 
@@ -292,7 +318,7 @@ def validate_record(record: dict, where: str) -> None:
     """Raises ValueError, beginning with `where`, unless the record has all that its task needs."""
     task = record.get("task") if isinstance(record, dict) else None
     if task not in EXAMPLES:
-        raise ValueError(f'{where}: "task" must be one of {", ".join(EXAMPLES)}, not {task!r}')
+        raise ValueError(f'{where}: "task" must be one of {", ".join(EXAMPLES)}, not {task!r:.80}')
     words = str.strip if task in ("chat", "instruct") else caption_text
     needed = EXAMPLES[task] | ({"image": "a.jpg"} if "image" in record else {})
     for key, example in needed.items():
@@ -311,7 +337,7 @@ def _is_like(value: object, example: object, words: Callable[[str], str]) -> boo
     if isinstance(example, list):  # an example with one item stands for any number of them
         fits = isinstance(value, list) and len(value) > 0 and len(example) in (1, len(value))
         return fits and all(_is_like(item, example[0], words) for item in value)
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 class RecordFile(Sequence):
@@ -326,7 +352,11 @@ class RecordFile(Sequence):
     def __getitem__(self, n: int) -> dict:
         with open(self.path, "rb") as file:
             file.seek(self.starts[n])  # checked again: the file may have changed since
-            return _read_record(file.readline(), str(self.path), self.path.parent, set())
+            line = file.readline(LONGEST_LINE)
+        return _read_record(line, str(self.path), self.path.parent, set())
+
+
+LONGEST_LINE = 2**24  # bytes; a file without lines must not be read as one
 
 
 def read_records(path: str | Path) -> RecordFile:
@@ -335,19 +365,20 @@ def read_records(path: str | Path) -> RecordFile:
     The whole file is checked first: ValueError names up to five bad lines. A picture must exist
     and lie in the folder of the file or below it.
     """
-    starts, start, errors, pictures = array("q"), 0, [], set()
+    starts, start, bad, reasons, pictures = array("q"), 0, 0, [], set()
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             try:
                 if line.strip():
                     _read_record(line, f"line {number}", Path(path).parent, pictures)
                     starts.append(start)
             except ValueError as error:
-                errors.append(str(error))
+                bad += 1
+                reasons += [str(error)] * (bad <= 5)
             start += len(line)
-    if errors or not starts:
-        reasons = "; ".join(errors[:5]) or "there are no records in it"
-        raise ValueError(f"{path} has {len(errors)} bad lines: {reasons}")
+    if bad or not starts:
+        told = "; ".join(reasons) or "there are no records in it"
+        raise ValueError(f"{path} has {bad} bad lines: {told}")
     return RecordFile(Path(path), starts)
 
 
@@ -355,14 +386,16 @@ def _read_record(line: bytes, where: str, folder: Path, pictures: set[str]) -> d
     """pictures: those that were looked for and found, to which the record's is added."""
     try:
         record = json.loads(line.decode("utf-8-sig"))  # a BOM may stand before the first
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8 ({error})") from error
     validate_record(record, where)
     if "image" in record:
         name, record["image"] = record["image"], str(folder / record["image"])
         outside = os.path.isabs(name) or os.path.normpath(name).startswith("..")
         if name not in pictures and (outside or not os.path.isfile(record["image"])):
-            raise ValueError(f"{where}: the image {name} is not in the folder of the file or below")
+            raise ValueError(
+                f"{where}: the image {name!r:.200} is not in the folder of the file or below"
+            )
         pictures.add(name)
     return record
 

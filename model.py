@@ -20,7 +20,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from bridge import (
     QFormerConfig,
     naive_attention,
 )
-from data import IMAGE_TOKEN_ID, Tokenizer
+from data import IMAGE_TOKEN_ID, Tokenizer, printable
 from lora import LORA_PRESETS, LoRAConfig, add_lora, merge_tensors
 from quantize import has_int8_unit, pack_phi, pack_vision, quantize_model, quantize_tensors
 from vision import VISION_PRESETS, EvaViT, VisionConfig
@@ -361,6 +361,33 @@ class ModelConfig:
         )  # fmt: skip
 
 
+# What numbers a configuration may hold: whole ones from 1 to a million, others from 0 to 1, or
+RANGES = {"num_layers": (1, 200), "stage": (0, 4), "rope_theta": (1, 1e9)}
+
+
+def check_config(config: object) -> None:
+    """Raises ValueError, naming the key, for what no model can be: it would fail when it answers,
+    or take all memory before."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            check_config(value)
+        elif name != "lora":  # None where there is none
+            kinds = (int, float) if field.type is float else (field.type,)
+            least, most = RANGES.get(name, (1, 10**6) if field.type is int else (0, 1))
+            if type(value) not in kinds or not least <= value <= most:
+                expected = f"{field.type.__name__} from {least} to {most}"
+                raise ValueError(f"{name} is {value!r:.40}, not of type {expected}")
+    sizes = vars(config)
+    for whole, part in (("hidden_size", "num_heads"), ("image_size", "patch_size")):
+        if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
+            raise ValueError(f"{whole} {sizes[whole]} is no multiple of {part} {sizes[part]}")
+    if isinstance(config, PhiConfig):
+        head_dim = config.hidden_size // config.num_heads
+        if (rotary_dim := int(config.partial_rotary_factor * head_dim)) < 2 or rotary_dim % 2:
+            raise ValueError(f"{rotary_dim} channels of each head rotate; they have to be pairs")
+
+
 def set_dtype(model: "TinyGPTV", dtype: torch.dtype) -> None:
     """Linear maps and embeddings to `dtype`; what the stages train, norms and positions stay fp32.
     With a half dtype the model computes under torch.autocast."""
@@ -507,7 +534,7 @@ def open_pretrained(
     is_half = on_official or config.int8
     set_dtype(model, dtype or (half_dtype(device) if is_half else torch.float32))
     if not on_official:
-        model.tokenizer = Tokenizer(model.backbones)
+        model.tokenizer = read_tokenizer(model.backbones, config)
     return model, read_model(model, folder, device, copy)
 
 
@@ -574,7 +601,14 @@ def is_official(directory: Path) -> bool:
         if path.exists() and '"qformer"' in path.read_text("utf-8", errors="replace"):
             return False
     endings = (".pth", ".pt", ".bin", ".part")
-    return any(path.suffix in endings for path in directory.rglob("*"))
+    return any(path.suffix in endings for path in files_below(directory))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and up to three folders below it. Links are followed: no further, so
+    that those in a circle end."""
+    depths = ("*", "*/*", "*/*/*", "*/*/*/*")
+    return sorted(path for depth in depths for path in folder.glob(depth) if path.is_file())
 
 
 def checkpoint_directory(directory: Path, stage: int | None) -> Path:
@@ -596,11 +630,22 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text("utf-8"))
-        return ModelConfig.from_dict(values), values.get("backbones", ".")
+        config = ModelConfig.from_dict(values)
+        check_config(config)
+        return config, os.fspath(values.get("backbones", "."))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; is {folder} a weights directory?") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a model: {error!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a model: {error!r:.300}") from None
+
+
+def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer in a folder. Raises ValueError if it has more ids than the model has rows."""
+    tokenizer = Tokenizer(folder)
+    if len(tokenizer) > config.phi.vocab_size:
+        raise ValueError(f"the tokenizer files of {folder} have {len(tokenizer)} ids, the model "
+                         f"has {config.phi.vocab_size}: they do not belong together")  # fmt: skip
+    return tokenizer
 
 
 def read_tensors(
@@ -611,14 +656,19 @@ def read_tensors(
         raise FileNotFoundError(f"{path} is missing")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        from official.fetch import not_weights  # stands above this file
+
+        with open(path, "rb") as file:
+            kind = not_weights(file.read(64))
+        told = f"{path} ({path.stat().st_size} bytes) is "
+        told += f"{kind}, " * bool(kind) + f"not a safetensors file: {printable(error)}"
+        raise ValueError(told) from None
     names = {prefix + name: tensor for name, tensor in tensors.items()}
     try:
         return {n: check_tensor(n, tensor, expected.get(n), copy) for n, tensor in names.items()}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {printable(error)}") from None
 
 
 def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool) -> Tensor:
@@ -636,8 +686,9 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool)
         raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}")
     converted = in_dtype(tensor, expected.dtype, copy)
     if not all_finite(converted):
+        is_finite = all_finite(tensor.double())  # some types of 8 bits have no extremes
         too_large = f"numbers too large for {expected.dtype}"
-        raise ValueError(f"{name} holds {too_large if all_finite(tensor) else 'NaN or infinity'}")
+        raise ValueError(f"{name} holds {too_large if is_finite else 'NaN or infinity'}")
     return converted
 
 

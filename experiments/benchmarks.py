@@ -157,7 +157,7 @@ def read_lines(path: Path) -> Iterator[dict]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         yield entry
 
@@ -181,7 +181,7 @@ def read_items(config: Config) -> list[Item]:
             if not found:
                 raise ValueError(f"{split} of {config.bench} has no items in {config.data}")
             items += found
-    except (AttributeError, LookupError, TypeError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         told = f"{config.bench}: the files are not like the official ones ({error!r})"
         raise ValueError(told) from error
     missing = sorted({str(item.image) for item in items if not item.image.is_file()})

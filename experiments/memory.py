@@ -68,20 +68,13 @@ def quantizing(weights: str) -> dict[str, float]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
-        raise RuntimeError("quantize.py failed")
+        raise ValueError(f"quantize.py --weights {weights} failed; it has said why")
     return {"seconds": round(time.perf_counter() - began, 1),
             "peak": round(usage.ru_maxrss * 1024 / 1e9, 2)}  # fmt: skip
 
 
-def main(arguments: list[str]) -> int:
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if not given.get("weights") and given.get("int8", "") in ("", "0", "1"):  # no folder
-        return training_memory.main(arguments)
-    try:
-        config = Config(**key_values(arguments, Config))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def measured(config: Config) -> dict:
+    """What `main` prints, of official weights."""
     runs = {"bf16": (config.weights, True), "int8": (config.int8, True),
             "int8 as it lies": (config.int8, False)}  # fmt: skip
     result = {}
@@ -91,6 +84,18 @@ def main(arguments: list[str]) -> int:
                 result[name] = pool.apply(measure, [weights, pack])
     if config.weights:
         result["quantize.py"] = quantizing(config.weights)
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if not given.get("weights") and given.get("int8", "") in ("", "0", "1"):  # no folder
+        return training_memory.main(arguments)
+    try:
+        result = measured(Config(**key_values(arguments, Config)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result))
     return 0

@@ -143,7 +143,8 @@ def run(folder: Path, stage: int, dtype: str, new_tokens: int) -> dict[str, floa
             loaded = time.time() - began
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0 or f"cut after {new_tokens} tokens" not in told:
-        raise RuntimeError(f"{' '.join(command)} did not write {new_tokens} tokens:\n{told}")
+        last = " ".join(told.splitlines()[-1:])
+        raise ValueError(f"{' '.join(command)} did not write {new_tokens} tokens: {last}")
     return {"load": loaded, "all": time.time() - began, "peak": usage.ru_maxrss * 1024}
 
 
@@ -178,25 +179,29 @@ def measure(folder: Path, dtype: str, stage: int) -> dict:
     }  # fmt: skip
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        config = Config(**key_values(arguments, Config))
-        dtypes = config.dtypes.split(",")
-        if unknown := set(dtypes) - set(DTYPES):
-            raise ValueError(f"dtypes={config.dtypes}: {unknown.pop()} is not in {list(DTYPES)}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def measure_all(config: Config) -> dict:
+    """What `main` prints. Raises ValueError for what the user can have got wrong."""
+    dtypes = config.dtypes.split(",")
+    if unknown := set(dtypes) - set(DTYPES):
+        raise ValueError(f"dtypes={config.dtypes}: {unknown.pop()} is not in {list(DTYPES)}")
     with tempfile.TemporaryDirectory(prefix="official_sized_") as temporary:
         folder = Path(config.folder or f"{temporary}/files")
         if not folder.exists():  # by another process, whose memory is not counted
             writer = multiprocessing.get_context("spawn").Process(target=write_files, args=[folder])
             writer.start()
             writer.join()
-        result = {
+        return {
             "threads": torch.get_num_threads(), "torch": torch.__version__,
             "runs": [measure(folder, dtype, stage) for dtype in dtypes for stage in (3, 4)],
         }  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        result = measure_all(Config(**key_values(arguments, Config)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result))
     return 0

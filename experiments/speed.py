@@ -292,13 +292,13 @@ def main(arguments: list[str]) -> int:
         if config.peer and not LlamaCpp.is_installed():
             print("peer=llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
             config.peer = ""
-    except ValueError as error:
+        first_token = {"first_token": starts(config.weights)} if config.weights else {}
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {"layers": config.layers or "all", "rounds": config.rounds, "cpu": cpu_name(),
               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-    if config.weights:
-        result["first_token"] = starts(config.weights)
+    result |= first_token
     result = rounded(result | measure(config))
     if not config.layers:
         RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

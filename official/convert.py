@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict:
     """The content of a JSON file. Raises ValueError, naming it, for anything else."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
@@ -75,6 +75,8 @@ def read_list(path: Path) -> Iterator[dict]:
                 return
             try:
                 entry, at = decode(text, at)
+            except RecursionError as error:
+                raise ValueError(f"{path} is not like the official file ({error})") from None
             except ValueError:  # it may go on in the next block
                 if not block or len(text) > LONGEST:
                     raise ValueError(f"{path} is cut off or damaged") from None
@@ -84,8 +86,13 @@ def read_list(path: Path) -> Iterator[dict]:
                 yield entry
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, texts and numbers only; any name in a pickle could start a program."""
+class PlainUnpickler(pickle._Unpickler):
+    """Lists, dicts, texts and numbers only; any name in a pickle could start a program.
+
+    Of the two in the library the one in Python: that in C takes as much memory as the file says.
+    """
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: None}  # which does so, too
 
     def find_class(self, module: str, name: str) -> None:
         """Raises UnpicklingError for any name."""
@@ -336,7 +343,7 @@ def convert(name: str, src: Path, out: Path) -> str:
             report = f"{name}: {written} records" + (f"; left out: {reasons}" if reasons else "")
             if not written:
                 raise ValueError(report)
-    except (AttributeError, IndexError, KeyError, TypeError, UnicodeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, UnicodeError) as error:
         raise ValueError(f"{name}: the files are not like the official ones ({error!r})") from error
     return report
 

@@ -100,7 +100,7 @@ def request(url: str, part: Path, start: int) -> int:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
         resumed = reply.status == 206
         length = reply.headers.get("Content-Length")
-        if length is None:
+        if length is None or not length.isdigit():
             raise ValueError(f"{url}: the server does not say how long the file is")
         start = start if resumed else 0  # it sends everything anew
         total = start + int(length)

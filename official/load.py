@@ -12,8 +12,9 @@ for a reason that the report gives; all else is an error that names file and ten
 """
 
 import json
-import os
 import re
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -23,16 +24,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data import Tokenizer
+from data import is_file_name, printable
 from lora import LORA_PRESETS
 from model import (
     ModelConfig,
     Tensors,
     TinyGPTV,
     check_tensor,
+    files_below,
     half_dtype,
     is_trainable,
     new_projector,
+    read_tokenizer,
     release,
     set_dtype,
 )
@@ -85,12 +88,16 @@ def open_weights(path: Path) -> WeightFile:
     try:
         if head.startswith((b"PK", b"\x80")) and not is_safetensors:
             is_zip = head.startswith(b"PK")  # the container since torch 1.6
-            content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+            if is_zip and not is_stored(path):
+                raise ValueError("it is compressed, which torch does not do, to an unknown size")
+            with warnings.catch_warnings():  # of its version
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
         else:
             content = load_file(path)
     except Exception as error:  # damaged bytes can make a parser raise anything
         reason = first_words(error)
-        if "Unsupported global" in reason:
+        if "unsupported global" in reason.lower():
             raise ValueError(
                 f"{described} holds something else than tensors and plain values ({reason}); "
                 f"that could run code, so it was not opened. If it is damaged, {AGAIN}"
@@ -99,15 +106,27 @@ def open_weights(path: Path) -> WeightFile:
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # beside it may be an optimizer, which stays unread
     if not (isinstance(content, dict) and all(isinstance(name, str) for name in content)
-            and all(isinstance(tensor, Tensor) for tensor in content.values())):  # fmt: skip
+            and all(map(is_plain, content.values()))):  # fmt: skip
         raise ValueError(f"{described} is not a table of tensors, so it is no weight file")
     return WeightFile(path, content, part_of(path, content))
+
+
+def is_stored(path: Path) -> bool:
+    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor with all its numbers, not a sparse one or a mere shape."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def first_words(error: Exception) -> str:
     """What a library says, without the advice that follows."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0][:120]
+    words = re.search(r"unsupported global.*", text, re.IGNORECASE) or re.search(r".*", text)
+    return printable(words[0].split(". ")[0][:120])
 
 
 def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -115,15 +134,16 @@ def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
     for part, sign in SIGNS.items():
         if any(re.match(sign, name) for name in tensors):
             return part
-    first = next(iter(tensors), "nothing at all")
-    raise ValueError(f"{path} is no part of TinyGPT-V (it begins with {first}); move it elsewhere")
+    first = printable(next(iter(tensors), "nothing at all"))[:120]
+    raise ValueError(f"{path} is no part of TinyGPT-V (it begins with {first}); move it "
+                     "elsewhere")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises ValueError, naming the file, for anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a JSON table; {AGAIN}")
@@ -132,10 +152,11 @@ def read_json(path: Path) -> dict:
 
 def find_parts(folder: Path) -> dict[str, list[WeightFile]]:
     """The weight files in a folder and in its subfolders, by the part that they hold."""
-    paths = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
-                   for name in names)  # fmt: skip
+    paths = files_below(folder)
     for index in (path for path in paths if path.name.endswith(".index.json")):
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
+            raise ValueError(f"{index} does not say in which files the tensors are; {AGAIN}")
         missing = sorted({name for name in weight_map.values()
                           if not index.with_name(name).exists()})  # fmt: skip
         if missing:
@@ -258,10 +279,11 @@ class Filling:
                     checked[name] = tensor.to(self.device)
                     self.source[name] = file.path
         except ValueError as error:
-            raise ValueError(f"{file.path}: {error}") from None
+            raise ValueError(f"{file.path}: {printable(error)}") from None
         except RuntimeError:  # q, k and v that can't be joined, rows that can't be reordered
             found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-            raise ValueError(f"{file.path}: shapes that do not fit the model: {found}") from None
+            told = f"{file.path}: shapes that do not fit the model: {printable(found)}"
+            raise ValueError(told) from None
         file.places += [list(ours)] * (len(tensors) - len(ignored))
         return checked, ignored
 
@@ -365,7 +387,7 @@ def open_official(
         model = TinyGPTV(config or full_config(parts, checkpoint, stage))
     set_dtype(model, dtype or half_dtype(device))
     model.backbones = Path(directory)
-    model.tokenizer = Tokenizer(parts[PHI][0].path.parent)
+    model.tokenizer = read_tokenizer(parts[PHI][0].path.parent, model.config)
     return model, read_official(Filling(model, device, copy), parts, checkpoint)
 
 
@@ -394,7 +416,7 @@ def read_backbones(
     brought `own`. Sets the model's tokenizer."""
     parts = find_parts(model.backbones)
     parts.pop(CHECKPOINT, None)
-    model.tokenizer = Tokenizer(parts[PHI][0].path.parent)
+    model.tokenizer = read_tokenizer(parts[PHI][0].path.parent, model.config)
     filling = Filling(model, device, copy)
     filling.source = dict.fromkeys(own, Path())
     for files in parts.values():

@@ -24,7 +24,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import (
-    RecordDataset, Tokenizer, encode_record, load_image, read_records, usable_row, validate_record,
+    RecordDataset, Tokenizer, encode_record, is_file_name, load_image, printable, read_records,
+    usable_row, validate_record,
 )  # fmt: skip
 
 OFFICIAL = Path(__file__).with_name("mixture.json")
@@ -77,16 +78,20 @@ def read_index(shard: Path) -> list[tuple[str, Members]]:
     pairs: dict[str, Members] = {}
     end = 0
     with open(shard, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
         try:
             for member in tarfile.open(fileobj=file, mode="r:"):
+                if member.offset < end or not 0 <= member.size <= length - member.offset_data:
+                    break  # it would lead round in circles, or out of the file
                 folder, slash, name = member.name.rpartition("/")
                 key, _, ending = name.partition(".")
+                end = member.offset_data
                 if member.isreg():
                     place = (member.offset_data, member.size)
                     pairs.setdefault(folder + slash + key, {})[ending.lower()] = place
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        except tarfile.TarError:
-            pass  # what came next was no member; tarfile does not always say so
+                    end += -(-member.size // BLOCK) * BLOCK
+        except Exception:  # a damaged header can make tarfile raise anything,
+            pass  # and it does not always say that what came next was no member
         file.seek(end)
         whole = file.read(BLOCK) == bytes(BLOCK)
     return list(pairs.items()) + ([] if pairs and whole else [("", {})])
@@ -96,25 +101,26 @@ def read_pair(shard: Path, key: str, members: Members) -> tuple[dict, Image.Imag
     """A caption's record and its picture. Raises ValueError, beginning with the shard."""
     if not members:
         raise ValueError(f"{shard} is empty, cut off or damaged; what can be read of it is used")
+    name = printable(key)
     picture = next((ending for ending in ("jpg", "jpeg", "png") if ending in members), "picture")
     content = {}
     with open(shard, "rb") as file:
         for ending in (picture, "json"):
             if ending not in members:
-                raise ValueError(f"{shard}: {key} has no {ending}")
+                raise ValueError(f"{shard}: {name} has no {ending}")
             start, size = members[ending]
             file.seek(start)
             content[ending] = file.read(size)
     try:
         caption = json.loads(content["json"])["caption"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{shard}: there is no caption in {key}.json") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{shard}: there is no caption in {name}.json") from None
     record = {"image": key, "task": "caption", "caption": caption}
-    validate_record(record, f"{shard}: {key}")
+    validate_record(record, f"{shard}: {name}")
     try:
         return record, load_image(io.BytesIO(content[picture]))
     except ValueError:  # its message would name no file
-        raise ValueError(f"{shard}: the picture {key}.{picture} is damaged") from None
+        raise ValueError(f"{shard}: the picture {name}.{picture} is damaged") from None
 
 
 # ---- mixtures ----
@@ -131,11 +137,16 @@ def read_mixture(folder: Path, stage: int) -> dict[str, tuple[float, int]]:
     try:
         mixture = json.loads(path.read_text("utf-8"))[str(stage)]
         numbers = {name: (float(ratio), int(size)) for name, (ratio, size) in mixture.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:  # fmt: skip
         like = f'{{"{stage}": {{"mine": [1, 6]}}}}: a ratio and a batch size for mine.jsonl'
         raise ValueError(f"{path} must be like {like} ({error!r})") from error
-    if not numbers or min(min(pair) for pair in numbers.values()) <= 0:
-        raise ValueError(f"{path}: ratios and batch sizes of stage {stage} must be above 0")
+    if not numbers or not all(0 < x < 1e6 for pair in numbers.values() for x in pair):
+        raise ValueError(f"{path}: ratios and batch sizes of stage {stage} must be above 0 and "
+                         "below a million")  # fmt: skip
+    for name in numbers:
+        if not is_file_name(name):
+            raise ValueError(f"{path}: {name!r:.80} is no name of a dataset in its folder")
     return numbers
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def full_config(stage):
     return ModelConfig(
         VisionConfig(28, 14, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8),
         QFormerConfig(2, 8, 2, 2, intermediate_size=8, vision_hidden_size=8),
-        ProjectorConfig(8, 10, CONFIG.hidden_size), CONFIG,
+        ProjectorConfig(8, 10, CONFIG.hidden_size), replace(CONFIG, vocab_size=260),
         LoRAConfig(r=2, alpha=4) if stage >= 2 else None, stage,
     )  # fmt: skip
 
