@@ -19,3 +19,11 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def golden(pytestconfig):
     return pytestconfig.getoption("golden")
+
+
+@pytest.fixture(scope="session")
+def miniature():
+    """The shipped miniature. Its weights are nobody's to change."""
+    from model import TinyGPTV
+
+    return TinyGPTV.from_pretrained(TESTS.parent / "miniature" / "weights")
