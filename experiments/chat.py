@@ -137,8 +137,12 @@ def obey(conversation: Conversation, line: str) -> None:
         raise ValueError(f"{line}: no such command; there are\n{COMMANDS}")
 
 
-def write(piece: str) -> None:
-    print(piece, end="", flush=True)
+def reply(conversation: Conversation, line: str) -> None:
+    """Prints the answer as it comes; an empty line if there is none."""
+    try:
+        conversation.ask(line, lambda piece: print(piece, end="", flush=True))
+    finally:
+        print(flush=True)
 
 
 def chat(model: TinyGPTV, image: Image.Image, sampling: Sampling, limit: int) -> None:
@@ -152,10 +156,8 @@ def chat(model: TinyGPTV, image: Image.Image, sampling: Sampling, limit: int) ->
             if line.startswith("/"):
                 obey(conversation, line)
             else:
-                conversation.ask(line, write)
+                reply(conversation, line)
         except KeyboardInterrupt:
             print("note: stopped", file=sys.stderr)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
-        if not line.startswith("/"):
-            print(flush=True)

@@ -215,6 +215,16 @@ def test_newline_ends_a_caption(tokenizer):
     assert row.finished and "".join(pieces) == "two stars"
 
 
+def test_only_an_answer_without_an_end_is_cut(tokenizer):
+    ids = tokenizer.encode("two stars")
+    for last in ([], tokenizer.encode("###"), tokenizer.encode("#")):
+        row = Answer(tokenizer, "###", stop_id=tokenizer.encode("#")[0])
+        for token_id in ids + last:
+            row.push(token_id)
+        row.close()
+        assert row.shown == "two stars" and row.finished and row.cut == (last == [])
+
+
 def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer):
     ids = tokenizer.encode("a 東京 🙂")
     pieces, row = listen(tokenizer, ids)
@@ -467,8 +477,9 @@ def test_draw(capsys, says, picture, tmp_path):
     assert Image.open(out).tobytes() == white.tobytes()
 
 
-def test_several_pictures(capsys, says, picture, tmp_path):
+def test_several_pictures(capsys, says, picture, tmp_path, monkeypatch):
     """A line and a drawing for each, in their order."""
+    monkeypatch.setattr(cli, "BATCH_SIZE", 2)
     says("{<50><50>", "<90><90>}\n two  lines")
     other = tmp_path / "y.jpg"
     Image.new("RGB", (40, 80)).save(other)
