@@ -3,6 +3,8 @@
     python generate.py --img x.jpg
     python generate.py --img x.jpg --ask "what color is the star?"
     python generate.py --img x.jpg --task refer --ask "the red star" --draw out.png
+    python generate.py --img x.jpg --attn out.png
+    python generate.py --img x.jpg --chat
 
 Read it from the leaves to the root:
 
@@ -10,13 +12,15 @@ Read it from the leaves to the root:
     Answer         from tokens to text, and where it ends
     generate_ids   the loop: the whole prompt at once, then one token at a time
     generate       one prompt, as a stream; `answer` is its twin for a batch
-    main           the command line, and boxes drawn on the picture
+    main           the command line
+
+Boxes and attention are drawn by experiments/pictures.py, a chat is held by experiments/chat.py.
 """
 
 import argparse
 import codecs
 import difflib
-import re
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,11 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from data import STAGES, Tokenizer, encode_prompt, inference_prompt
-from data import left_pad_collate, load_image, parse_boxes, preprocess
+from data import left_pad_collate, load_image, preprocess
+from experiments.pictures import answer_attention, boxes_of, check_picture_name
+from experiments.pictures import draw_answer, draw_attention
 from model import KVCache, Phi, TinyGPTV, autocast
 
 
@@ -120,12 +126,12 @@ class Answer:
         self.decoder = StreamDecoder(tokenizer)
         self.stop, self.stop_id = stop, stop_id
         self.received = self.shown = ""
-        self.finished = False
+        self.finished = self.cut = False
 
     def push(self, token_id: int) -> str:
         """The text that one more token makes certain, often none."""
         if self.finished or token_id == self.stop_id:
-            return self.close()
+            return self.close(cut=False)
         self.received += self.decoder.push(token_id)
         if self.stop and self.stop in self.received:
             self.finished, self.received = True, self.received.split(self.stop)[0]
@@ -133,10 +139,11 @@ class Answer:
         beginnings = (self.stop[:n] for n in range(len(self.stop) - 1, 0, -1))
         return self._show(next(filter(self.received.endswith, beginnings), ""))
 
-    def close(self) -> str:
-        """What was held back, when no more tokens come."""
+    def close(self, cut: bool = True) -> str:
+        """What was held back, when no more tokens come. cut: the model had not ended it."""
         if not self.finished:
-            self.finished, self.received = True, self.received + self.decoder.flush()
+            self.finished, self.cut = True, cut
+            self.received += self.decoder.flush()
         return self._show("")
 
     def _show(self, held: str) -> str:
@@ -192,14 +199,16 @@ def generate_ids(
 
 
 @torch.inference_mode()
-def encode_images(model: TinyGPTV, images: Sequence[Image.Image]) -> Tensor | None:
+def encode_images(
+    model: TinyGPTV, images: Sequence[Image.Image], maps: list[Tensor] | None = None
+) -> Tensor | None:
     """What Phi gets to see of the pictures: (num_images, num_queries, hidden_size). One that is
-    there several times is looked at once."""
+    there several times is looked at once. maps: as in `QFormer`."""
     if not images:
         return None
     distinct = {id(image): image for image in images}
     pixels = torch.stack([preprocess(image, model.image_size) for image in distinct.values()])
-    image_embeds = model.encode_images(pixels.to(model.phi.lm_head.weight.device))
+    image_embeds = model.encode_images(pixels.to(model.phi.lm_head.weight.device), maps)
     places = list(distinct)
     return image_embeds[[places.index(id(image)) for image in images]]
 
@@ -239,19 +248,11 @@ def push_answers(
             return
 
 
-def decode(
-    model: TinyGPTV, images: Sequence[Image.Image] | Tensor, num_images: Sequence[int],
-    prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, official: bool,
+def stream_answers(
+    model: TinyGPTV, batch: tuple[Tensor, Tensor], rows: Sequence[Answer], max_new_tokens: int,
+    sampling: Sampling = Sampling(), history: Tensor | None = None,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """Yields, token by token, what is new in the answer to each prompt. Warns if any was cut."""
-    tokenizer = model.tokenizer
-    image_embeds = images if isinstance(images, Tensor) else encode_images(model, images)
-    batch = prepare(model, image_embeds, num_images, prompts, official)
-    # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
-    # They penalise a BOS that was never fed as if it had been said.
-    stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
-    history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
-    rows = [Answer(tokenizer, *stop) for _ in prompts]
+    """`push_answers`, which closes what it could not finish, and warns of it."""
     stream = push_answers(model, batch, rows, max_new_tokens, sampling, history)
     for steps, pieces in enumerate(stream, 1):
         yield pieces
@@ -262,6 +263,22 @@ def decode(
     limit = "max_new_tokens" if steps == max_new_tokens else f"the model's {positions} positions"
     warnings.warn(f"{cut} of {len(rows)} answers cut after {steps} tokens, because of {limit}")
     yield [row.close() for row in rows]
+
+
+def decode(
+    model: TinyGPTV, images: Sequence[Image.Image] | Tensor, num_images: Sequence[int],
+    prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, official: bool = False,
+) -> tuple[list[Answer], Iterator[list[str]]]:  # fmt: skip
+    """The answers to prompts, empty as yet, and the stream that fills them."""
+    tokenizer = model.tokenizer
+    image_embeds = images if isinstance(images, Tensor) else encode_images(model, images)
+    batch = prepare(model, image_embeds, num_images, prompts, official)
+    # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
+    # They penalise a BOS that was never fed as if it had been said.
+    stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
+    history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
+    rows = [Answer(tokenizer, *stop) for _ in prompts]
+    return rows, stream_answers(model, batch, rows, max_new_tokens, sampling, history)
 
 
 def generate(
@@ -277,7 +294,8 @@ def generate(
     prompt and pictures do not fit together or exceed the model's positions.
     """
     number = [len(images)]
-    for (piece,) in decode(model, images, number, [prompt], sampling, max_new_tokens, official):
+    _, stream = decode(model, images, number, [prompt], sampling, max_new_tokens, official)
+    for (piece,) in stream:
         if piece:
             yield piece
 
@@ -288,40 +306,10 @@ def answer(
 ) -> list[str]:  # fmt: skip
     """The answers to a batch of prompts about one picture each; `generate` in all else."""
     number = [1] * len(images)
-    pieces = decode(model, images, number, prompts, sampling, max_new_tokens, official)
-    return ["".join(row) for row in zip(*pieces)]
-
-
-# ---- boxes ----
-BoxLabel = tuple[tuple[int, int, int, int], str]  # in hundredths of the picture
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
-
-
-def labelled_boxes(text: str, label: str) -> tuple[list[BoxLabel], int]:
-    """Boxes of an answer, each with the last <p>phrase</p> before it, or `label` where there is
-    none, and how many were malformed."""
-    texts = re.split(r"<p>(.*?)</p>", text)  # text, phrase, text, phrase, ..., text
-    labelled, ignored = [], 0
-    for phrase, after in zip([label, *texts[1::2]], texts[::2]):
-        boxes, malformed = parse_boxes(after)
-        labelled += [(box, " ".join(phrase.split())) for box in boxes]
-        ignored += malformed
-    return labelled, ignored
-
-
-def draw_boxes(image: Image.Image, boxes: Sequence[BoxLabel]) -> Image.Image:
-    """A copy of the picture with the boxes on it and their labels inside them."""
-    image = image.copy()
-    draw, (width, height) = ImageDraw.Draw(image), image.size
-    line = max(2, min(image.size) // 150)
-    font = ImageFont.load_default(max(11, min(image.size) // 25))
-    for number, (box, label) in enumerate(boxes):
-        color = PALETTE[number % len(PALETTE)]
-        x1, y1, x2, y2 = (min(s - 1, v * s // 100) for v, s in zip(box, (width, height) * 2))
-        draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
-        x = max(0, min(x1 + 2 * line, width - draw.textlength(label, font)))
-        draw.text((x, y1 + line), label, color, font, stroke_width=2, stroke_fill="white")
-    return image
+    rows, stream = decode(model, images, number, prompts, sampling, max_new_tokens, official)
+    for _ in stream:
+        pass  # the answers remember what they were told
+    return [row.shown for row in rows]
 
 
 # ---- command line ----
@@ -330,9 +318,8 @@ ASK_FOR = {  # task: what --ask has to be
     "identify": "a box like {<10><20><50><60>}, in hundredths of the picture",
     "detection": "a phrase",
 }  # fmt: skip
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_SIZE = 8  # of many pictures, this many are asked about at once
 
 
 class Parser(argparse.ArgumentParser):
@@ -343,10 +330,14 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Ask TinyGPT-V about a picture.", allow_abbrev=False)
     add = parser.add_argument
-    add("--img", type=Path, required=True, metavar="FILE", help="the picture")
+    add("--img", type=Path, required=True, nargs="+", metavar="FILE", help="a picture, or several")
     add("--ask", metavar="TEXT", help="; ".join(f"{t}: {a}" for t, a in ASK_FOR.items() if a))
     add("--task", choices=ASK_FOR, help="vqa if something is asked, else caption")
     add("--draw", type=Path, metavar="FILE", help="write the picture with the boxes on it")
+    add("--attn", type=Path, metavar="FILE", help="write where each word of the answer looks")
+    add("--attn-queries", action="store_true", help="... and not each word, but each query")
+    add("--json", action="store_true", help="a line of JSON for each picture")
+    add("--chat", action="store_true", help="ask on standard input, again and again")
     weights = Path(__file__).parent / "miniature" / "weights"
     add("--weights", type=Path, default=weights, metavar="DIR", help="the miniature by default")
     add("--stage", type=int, choices=STAGES, help="of training; the last by default")
@@ -373,57 +364,99 @@ def asked_text(task: str, ask: str | None) -> str:
     return ask or ""
 
 
-def check_machine(device: str, dtype: str | None, output: Path | None) -> None:
-    """Raises ValueError unless the device is there, can compute with the dtype, and `output` can
-    become a picture."""
+def check_machine(device: str, dtype: str | None) -> None:
+    """Raises ValueError unless the device is there and can compute with the dtype."""
     backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device)
     if backend is not None and not backend.is_available():
         raise ValueError(f"--device {device}: torch finds no such device here; use --device cpu")
     if device == "cpu" and dtype == "fp16":
         raise ValueError("--dtype fp16: a CPU multiplies fp16 very slowly; use bf16 or fp32")
-    if output is None:
-        return
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--draw {output}: no picture format has this ending; use .png or .jpg")
-    if not output.parent.is_dir():
-        raise ValueError(f"--draw {output}: there is no folder {output.parent}")
 
 
-def draw_answer(image: Image.Image, path: Path, task: str, asked: str, answered: str) -> None:
-    """Writes the picture with the boxes of the answer, or for identify with the one asked for."""
-    text, label = (asked, answered) if task == "identify" else (answered, asked)
-    boxes, ignored = labelled_boxes(text, label)
-    if ignored:
-        warnings.warn(f"{ignored} malformed boxes in the answer are not drawn")
-    if not boxes:
-        warnings.warn(f"the answer has no box to draw; {path} is the picture as it was")
-    draw_boxes(image, boxes).save(path)
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together, or files that can't be written."""
+    check_machine(arguments.device, arguments.dtype)
+    for option in ("draw", "attn"):
+        if path := getattr(arguments, option):
+            check_picture_name(f"--{option} {path}", path)
+    if arguments.attn_queries and not arguments.attn:
+        raise ValueError("--attn-queries needs --attn FILE")
+    if arguments.chat:
+        if len(arguments.img) > 1:
+            raise ValueError("--chat is about one picture; /image FILE goes on to another")
+        for option in ("ask", "task", "draw", "attn", "json"):
+            if getattr(arguments, option):
+                raise ValueError(f"--chat takes no --{option}")
+
+
+def numbered(path: Path, n: int, total: int) -> Path:
+    """x.png for a single picture; of several, x-1.png for the first, and so on."""
+    return path if total == 1 else path.with_stem(f"{path.stem}-{n + 1}")
+
+
+def as_json(path: Path, size: tuple[int, int], task: str, asked: str, row: Answer) -> str:
+    """A line for scripts, boxes in pixels of the upright picture of size (width, height)."""
+    boxes, ignored = boxes_of(task, asked, row.shown)
+    pixels = [{"phrase": phrase, "box": [round(v * s / 100) for v, s in zip(box, size * 2)]}
+              for box, phrase in boxes]  # fmt: skip
+    return json.dumps({
+        "image": str(path), "task": task, "ask": asked, "answer": row.shown, "boxes": pixels,
+        "ignored_boxes": ignored, "cut": row.cut,
+    })  # fmt: skip
+
+
+def ask_about(
+    model: TinyGPTV, arguments: argparse.Namespace, first: int, prompt: str, sampling: Sampling
+) -> None:
+    """Asks about BATCH_SIZE pictures, those from number `first` on; prints and draws what it gets.
+    The answer about a single picture is printed as it comes."""
+    task, asked, total = arguments.task, arguments.ask, len(arguments.img)
+    paths = arguments.img[first : first + BATCH_SIZE]
+    images = [load_image(path) for path in paths]
+    maps: list[Tensor] = []
+    image_embeds = encode_images(model, images, maps if arguments.attn else None)
+    every = [1] * len(images), [prompt] * len(images)
+    rows, stream = decode(model, image_embeds, *every, sampling, arguments.max_new_tokens)
+    for pieces in stream:
+        if total == 1 and not arguments.json:
+            print(pieces[0], end="", flush=True)
+    for n, (path, image, row) in enumerate(zip(paths, images, rows)):
+        if arguments.json:
+            print(as_json(path, image.size, task, asked, row), flush=True)
+        else:
+            print("" if total == 1 else " ".join(row.shown.split()), flush=True)
+        if arguments.draw:
+            draw_answer(image, numbered(arguments.draw, first + n, total), task, asked, row.shown)
+        if arguments.attn:
+            out = numbered(arguments.attn, first + n, total)
+            words, attention = answer_attention(model, image_embeds[n : n + 1], prompt, row.shown)
+            draw_attention(image, out, words, attention, maps[-1][n], arguments.attn_queries)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answers one question. Device, files and sampling are checked before the weights load."""
-    task = arguments.task or ("caption" if arguments.ask is None else "vqa")
-    asked = asked_text(task, arguments.ask)
+    """Answers a question, or as many as are asked. What can be checked is, before weights load."""
+    check_options(arguments)
+    arguments.task = arguments.task or ("caption" if arguments.ask is None else "vqa")
+    arguments.ask = "" if arguments.chat else asked_text(arguments.task, arguments.ask)
     sampling = Sampling(
         arguments.temperature, arguments.top_k, arguments.top_p,
         arguments.repetition_penalty, arguments.seed,
     )  # fmt: skip
-    check_machine(arguments.device, arguments.dtype, arguments.draw)
-    image = load_image(arguments.img)
+    for path in arguments.img:
+        load_image(path)  # again when its turn comes: all of many pictures are too many to keep
     dtype = arguments.dtype and DTYPES[arguments.dtype]
     model = TinyGPTV.from_pretrained(
         arguments.weights, arguments.stage, arguments.device, dtype, arguments.int8
     )
     if model.load_report:
         print(model.load_report, file=sys.stderr)
-    prompt = inference_prompt(task, asked, model.stage)
-    pieces = []
-    for piece in generate(model, [image], prompt, sampling, arguments.max_new_tokens):
-        pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
-    if arguments.draw:
-        draw_answer(image, arguments.draw, task, asked, "".join(pieces))
+    if arguments.chat:
+        from experiments.chat import chat  # it is built on this file
+
+        return chat(model, load_image(arguments.img[0]), sampling, arguments.max_new_tokens)
+    prompt = inference_prompt(arguments.task, arguments.ask, model.stage)
+    for first in range(0, len(arguments.img), BATCH_SIZE):
+        ask_about(model, arguments, first, prompt, sampling)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -176,6 +176,23 @@ def efficiency_table() -> str:
                               for name, (ours, theirs) in rows.items()])  # fmt: skip
 
 
+def attention_table() -> str:
+    """How much of the heat of a word or query lies in the box of what it is about."""
+    found = result("attention")
+    kinds = {"caption": "words of a caption", "refer": "the box that answers `refer`",
+             "queries": "queries 8i to 8i + 7, object i from the left"}  # fmt: skip
+    lines = ["| | heat in the box | hottest patch in it | chance |", "|---|---|---|---|"]
+    for kind, words in kinds.items():
+        values = (cell(found[kind][key]) for key in ("share", "hottest", "chance"))
+        lines.append(f"| {words} | " + " | ".join(values) + " |")
+    layers = {kind: [share for name, share in found["share_by_choice"].items()
+                     if name.startswith(f"{kind} layer")] for kind in ("caption", "refer")}
+    lines += [""] + [f"Of Phi's layers alone, from the first to the last, for {words}: "
+                     + ", ".join(map(cell, layers[kind])) + "."
+                     for kind, words in list(kinds.items())[:2]]  # fmt: skip
+    return "\n".join(lines)
+
+
 def agreement() -> str:
     """How many answers of the quantized miniature are those of the miniature itself."""
     found = result("agreement")
@@ -220,6 +237,7 @@ def main() -> None:
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
     text = put(text, "size", size_table())
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())
+    text = put(text, "attention", attention_table())
     text = put(text, "agreement", agreement())
     text = put(text, "training", training_table())
     text = put(text, "efficiency", efficiency_table())

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 from data import caption_text, parse_boxes
-from generate import labelled_boxes
+from experiments.pictures import labelled_boxes
 from miniature import world
 
 PHRASE = " ".join(f"({'|'.join(words)})" for words in world.ATTRIBUTES.values())

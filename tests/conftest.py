@@ -60,3 +60,11 @@ def refusal(capsys):
         return err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def miniature():
+    """The shipped miniature. Its weights are nobody's to change."""
+    from model import TinyGPTV
+
+    return TinyGPTV.from_pretrained(TESTS.parent / "miniature" / "weights")

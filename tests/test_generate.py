@@ -1,8 +1,10 @@
-"""Sampling, stopping, the decoding loop, boxes and the command line of generate.py.
+"""Sampling, stopping, the decoding loop, boxes and the command line of generate.py. Its --attn is
+in test_attention.py, its --chat in test_chat.py.
 
 What the official code generates is compared in test_golden.py.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from PIL import Image, ImageDraw
 import generate as cli
 from bridge import ProjectorConfig, QFormerConfig
 from data import Tokenizer, inference_prompt, parse_boxes
+from experiments.pictures import draw_boxes, labelled_boxes
 from generate import Answer, Sampling, StreamDecoder, answer, encode_images, generate
 from generate import generate_ids, prepare
 from model import ModelConfig, PhiConfig, TinyGPTV
@@ -100,6 +103,36 @@ def test_repetition_penalty_is_its_plain_definition():
     torch.testing.assert_close(cli.penalize_repetition(scores, nothing, 2.0), scores)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_processed_scores_are_their_plain_definition(seed):
+    """All four settings at once, at random, token by token."""
+    rng = torch.Generator().manual_seed(seed)
+    temperature, top_k, top_p, penalty = (torch.rand(4, generator=rng) + 0.1).tolist()
+    sampling = Sampling(2 * temperature, 1 + int(20 * top_k), min(1, top_p), 2 * penalty)
+    scores = torch.randn(4, 30, generator=rng) * 2
+    history = torch.randint(30, (4, 6), generator=rng)
+    got = cli.process_scores(scores, history, sampling)
+    for row, said, processed in zip(scores.tolist(), history.tolist(), got):
+        for i in set(said):
+            factor = sampling.repetition_penalty
+            row[i] = row[i] / factor if row[i] > 0 else row[i] * factor
+        row = [score / sampling.temperature for score in row]
+        least = sorted(row)[-sampling.top_k]
+        row = plain_top_p([score if score >= least else -INF for score in row], sampling.top_p)
+        torch.testing.assert_close(processed, torch.tensor(row))
+
+
+def test_temperature_is_its_plain_definition():
+    """It takes the probabilities to the power 1 / temperature; at 0 nothing is changed."""
+    scores = torch.randn(3, 9, generator=torch.Generator().manual_seed(4))
+    nothing = torch.empty(3, 0, dtype=torch.long)
+    for temperature in (0.3, 1.0, 2.5):
+        got = cli.process_scores(scores, nothing, Sampling(temperature)).softmax(dim=-1)
+        expected = scores.softmax(dim=-1) ** (1 / temperature)
+        torch.testing.assert_close(got, expected / expected.sum(dim=-1, keepdim=True))
+    assert torch.equal(cli.process_scores(scores, nothing, Sampling(0.0, 2, 0.1)), scores)
+
+
 def test_all_of_it_in_order():
     """Penalty, then temperature, then top-k, then top-p of what is left."""
     scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
@@ -182,6 +215,16 @@ def test_newline_ends_a_caption(tokenizer):
     assert row.finished and "".join(pieces) == "two stars"
 
 
+def test_only_an_answer_without_an_end_is_cut(tokenizer):
+    ids = tokenizer.encode("two stars")
+    for last in ([], tokenizer.encode("###"), tokenizer.encode("#")):
+        row = Answer(tokenizer, "###", stop_id=tokenizer.encode("#")[0])
+        for token_id in ids + last:
+            row.push(token_id)
+        row.close()
+        assert row.shown == "two stars" and row.finished and row.cut == (last == [])
+
+
 def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer):
     ids = tokenizer.encode("a 東京 🙂")
     pieces, row = listen(tokenizer, ids)
@@ -217,7 +260,7 @@ def test_a_picture_is_looked_at_once(model, image, monkeypatch):
     """For several questions in a batch, and for a further question later on."""
     looked_at, original = [], model.encode_images
     monkeypatch.setattr(model, "encode_images",
-                        lambda pixels: looked_at.append(len(pixels)) or original(pixels))
+                        lambda pixels, *maps: looked_at.append(len(pixels)) or original(pixels))
     other = image.transpose(Image.Transpose.ROTATE_90)
     images = [image, other, image]
     embeds = encode_images(model, images)
@@ -285,20 +328,20 @@ def test_official_has_no_bos_and_ends_at_one_id(model, image):
 # ---- boxes ----
 def test_boxes_are_labelled_with_the_phrase_before_them():
     text = "<p>a star</p> {<1><2><3><4>}<delim>{<5><6><7><8>} and <p>the moon</p> {<9><9><20><20>}"
-    boxes, ignored = cli.labelled_boxes(text, "asked")
+    boxes, ignored = labelled_boxes(text, "asked")
     assert [label for _, label in boxes] == ["a star", "a star", "the moon"] and ignored == 0
-    boxes, ignored = cli.labelled_boxes("{<10><20><30><40>} {<1><2><3>} {<10><20", "asked")
+    boxes, ignored = labelled_boxes("{<10><20><30><40>} {<1><2><3>} {<10><20", "asked")
     assert boxes == [((10, 20, 30, 40), "asked")] and ignored == 2
 
 
 def test_boxes_are_drawn_on_a_copy():
     image = Image.new("RGB", (200, 100), "white")
-    drawn = cli.draw_boxes(image, [((10, 20, 50, 60), "東 é"), ((70, 70, 100, 100), "x")])
+    drawn = draw_boxes(image, [((10, 20, 50, 60), "東 é"), ((70, 70, 100, 100), "x")])
     assert image.getcolors() == [(20000, (255, 255, 255))] and drawn.size == image.size
     for x, y in ((20, 40), (60, 20), (100, 40), (60, 60), (140, 95), (199, 99)):
         assert drawn.getpixel((x, y)) != (255, 255, 255), (x, y)
     assert drawn.getpixel((105, 65)) == (255, 255, 255)
-    cli.draw_boxes(Image.new("RGB", (1, 1)), [((0, 0, 100, 100), "long" * 99)])
+    draw_boxes(Image.new("RGB", (1, 1)), [((0, 0, 100, 100), "long" * 99)])
 
 
 # ---- command line ----
@@ -322,7 +365,15 @@ def says(model, monkeypatch):
 
     def set_answer(*pieces):
         asked = []
-        monkeypatch.setattr(cli, "generate", lambda *args: asked.append(args) or iter(pieces))
+
+        def decode(model, images, num_images, prompts, *_):
+            asked.append(prompts[0])
+            rows = [Answer(model.tokenizer, "###") for _ in prompts]
+            for row in rows:
+                row.shown = "".join(pieces)
+            return rows, iter([piece] * len(prompts) for piece in pieces)
+
+        monkeypatch.setattr(cli, "decode", decode)
         return asked
 
     return set_answer
@@ -333,7 +384,12 @@ def says(model, monkeypatch):
     ("--img no.png", "cannot read the image no.png: No such file"),
     ("--img {picture} --tempratur 1", "unknown argument --tempratur; .* is --temperature"),
     ("--img {picture} --topk=3", "unknown argument --topk=3; the nearest option is --top-k"),
-    ("--img {picture} b.png", "unknown argument b.png"),
+    ("--img {picture} b.png", "cannot read the image b.png: No such file"),
+    ("--img {picture} --attn {folder}/out.xyz", "--attn .*no picture format has this ending"),
+    ("--img {picture} --attn-queries", "--attn-queries needs --attn FILE"),
+    ("--img {picture} --chat --ask why", "--chat takes no --ask"),
+    ("--img {picture} --chat --draw {folder}/out.png", "--chat takes no --draw"),
+    ("--img {picture} {picture} --chat", "--chat is about one picture"),
     ("--img {picture} --task vpa", "invalid choice: 'vpa'"),
     ("--img {picture} --task refer", "--task refer needs --ask with a phrase"),
     ("--img {picture} --ask=", "--task vqa needs --ask with a question"),
@@ -383,8 +439,7 @@ def test_tasks_and_wording(capsys, says, picture):
     run(capsys, "--img", picture, "--task", "refer", "--ask", "The Star.")
     long = "is it " * 30 + "?"
     assert "first 50 words" in run(capsys, "--img", picture, "--ask", long)[2][0]
-    prompts = [args[2] for args in asked]
-    assert prompts[:3] == [
+    assert asked[:3] == [
         inference_prompt("caption", "", 4), inference_prompt("vqa", "what color is it?", 4),
         inference_prompt("refer", "the star", 4),
     ]  # fmt: skip
@@ -422,6 +477,49 @@ def test_draw(capsys, says, picture, tmp_path):
     assert Image.open(out).tobytes() == white.tobytes()
 
 
+def test_several_pictures(capsys, says, picture, tmp_path, monkeypatch):
+    """A line and a drawing for each, in their order."""
+    monkeypatch.setattr(cli, "BATCH_SIZE", 2)
+    says("{<50><50>", "<90><90>}\n two  lines")
+    other = tmp_path / "y.jpg"
+    Image.new("RGB", (40, 80)).save(other)
+    out = tmp_path / "out.png"
+    task = ["--task", "refer", "--ask", "it", "--draw", out]
+    code, text, err = run(capsys, "--img", picture, other, picture, *task)
+    assert (code, text, err) == (0, "{<50><50><90><90>} two lines\n" * 3, [])
+    sizes = [Image.open(tmp_path / f"out-{n}.png").size for n in (1, 2, 3)]
+    assert sizes == [(300, 200), (40, 80), (300, 200)] and not out.exists()
+
+
+def test_json(capsys, says, picture):
+    said = "<p>a \"star\"</p> {<50><50><91><90>}<delim>{<0><0><100><100>} {<1>}"
+    says(said)
+    code, line, err = run(capsys, "--img", picture, "--task", "grounding", "--json")
+    assert (code, err, line.count("\n")) == (0, [], 1)
+    assert json.loads(line) == {
+        "image": str(picture), "task": "grounding", "ask": "", "answer": said,
+        "boxes": [{"phrase": 'a "star"', "box": [150, 100, 273, 180]},
+                  {"phrase": 'a "star"', "box": [0, 0, 300, 200]}],
+        "ignored_boxes": 1, "cut": False,
+    }  # fmt: skip
+    says("a star")
+    asked = ["--task", "identify", "--ask", "{<60><10><90><40>}", "--json"]
+    _, line, _ = run(capsys, "--img", picture, *asked)
+    assert json.loads(line)["boxes"] == [{"phrase": "a star", "box": [180, 20, 270, 80]}]
+
+
+def test_json_tells_what_was_cut(capsys, model, monkeypatch, picture):
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", lambda *_: model)
+    for limit in (1, 1000):  # more than there are positions for
+        _, lines, _ = run(capsys, "--img", picture, "--json", "--max-new-tokens", limit)
+        assert json.loads(lines)["cut"] is True
+    with torch.no_grad():
+        model.phi.lm_head.bias[model.tokenizer.encode("###")[0]] = 1e4
+    code, lines, err = run(capsys, "--img", picture, picture, "--json")
+    assert (code, err) == (0, [])
+    assert [json.loads(line)["cut"] for line in lines.splitlines()] == [False] * 2
+
+
 # ---- the shipped miniature ----
 @pytest.fixture(scope="module")
 def circle(tmp_path_factory):
@@ -455,6 +553,21 @@ def test_shipped_points(capsys, circle, tmp_path):
     overlap = max(0, min(x2, 60) - max(x1, 20)) * max(0, min(y2, 60) - max(y1, 20))
     assert ignored == 0 and overlap / ((x2 - x1) * (y2 - y1) + 1600 - overlap) > 0.5
     assert Image.open(draw).tobytes() != Image.open(circle).tobytes()
+
+
+def test_shipped_many_pictures(capsys, circle, monkeypatch):
+    """More than one batch of them: each gets the answer that it gets alone."""
+    monkeypatch.setattr(cli, "BATCH_SIZE", 2)
+    paths = [circle, ROOT / "assets" / "two.png", ROOT / "assets" / "shapes.png"]
+    alone = [run(capsys, "--img", path, "--task", "grounding")[1] for path in paths]
+    assert len(set(alone)) == 3
+    _, lines, err = run(capsys, "--img", *paths, "--task", "grounding")
+    assert (lines, err) == ("".join(alone), [])
+    _, lines, _ = run(capsys, "--img", *paths, "--task", "grounding", "--json")
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert [one["image"] for one in found] == [str(path) for path in paths]
+    assert [one["answer"] + "\n" for one in found] == alone
+    assert [len(one["boxes"]) for one in found] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])

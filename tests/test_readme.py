@@ -32,6 +32,7 @@ def test_tables_are_what_the_results_say():
     assert between("stages") == readme.stage_table() + "\n\n" + readme.score_table()
     assert between("size") == readme.size_table()
     assert between("speed") == readme.speed_table() + "\n\n" + readme.memory_table()
+    assert between("attention") == readme.attention_table()
     assert between("agreement") == readme.agreement()
     assert between("training") == readme.training_table()
     assert between("efficiency") == readme.efficiency_table()
@@ -57,8 +58,10 @@ def test_the_first_command_describes_the_picture():
 def test_generate_commands_run(arguments: str, tmp_path: Path):
     if "--weights" in arguments:
         pytest.skip("asks weights that the reader trains or downloads")
-    arguments = arguments.replace("out.png", str(tmp_path / "out.png"))
-    command = f"{sys.executable} generate.py {arguments}"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    typed = "what color is the star?\n"  # read by --chat alone
+    command = f"{sys.executable} {ROOT / 'generate.py'} {arguments}"
+    command = command.replace("assets/", f"{ROOT}/assets/")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
+                          input=typed)  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
-    assert ("--draw" in arguments) == (tmp_path / "out.png").exists()
+    assert ("out.png" in arguments) == (tmp_path / "out.png").exists()
