@@ -359,7 +359,8 @@ def write_tensors(
 def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
     """Writes a quantized weights directory; returns what was read and written in words. Matrices
     are read as fp16, which is how the official files have them."""
-    from model import open_quantized, replace_file, write_config  # built on this file
+    # It is built on this file.
+    from official.checkpoints import open_quantized, replace_file, write_config
 
     if out.resolve().is_relative_to(weights.resolve()):
         raise ValueError(f"--out {out} lies in {weights}, where it would count as weights of it")

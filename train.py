@@ -45,15 +45,8 @@ from data import IGNORE, RecordDataset, collate, read_folder, read_records
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import (
-    Phi,
-    TinyGPTV,
-    autocast,
-    half_dtype,
-    is_trainable,
-    replace_file,
-    save_checkpoint,
-)
+from model import Phi, TinyGPTV, autocast, half_dtype, is_trainable
+from official.checkpoints import replace_file, save_checkpoint
 from official.stream import folder_mixture, has_mixture
 from quantize import quantize_model
 

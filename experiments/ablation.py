@@ -61,7 +61,8 @@ from miniature import world
 from miniature.pretrain_language import language_row
 from miniature.pretrain_projection import whitening
 from miniature.stream import RATIOS, conversation
-from model import RMSNorm, TinyGPTV, autocast, replace_file, set_dtype
+from model import RMSNorm, TinyGPTV, autocast, set_dtype
+from official.checkpoints import replace_file
 from train import (
     PRECISIONS,
     MixtureDataset,

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from data import STAGES, Tokenizer, encode_sample, make_sample, preprocess
 from miniature import world
 from miniature.stream import conversation
-from model import TinyGPTV, autocast, replace_file
+from model import TinyGPTV, autocast
+from official.checkpoints import replace_file
 
 FIRST_SCENE = 7 * 10**8  # of training, far from the stages' own
 PATCH_GRID = (4, 8)  # as many as there are queries

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import caption_text, format_box, validate_record
-from model import replace_file
+from official.checkpoints import replace_file
 
 COCO = ("train2014", "coco/images")  # the folder of COCO's pictures, in two published layouts
 MAX_REGION = 16384  # pixels; the official reader takes smaller regions only, as OFA does

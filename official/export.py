@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import TinyGPTV, replace_file
+from model import TinyGPTV
+from official.checkpoints import replace_file
 from official.weights import to_official
 
 BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Former's unused half

@@ -26,18 +26,14 @@ from torch import Tensor
 
 from data import is_file_name, printable
 from lora import LORA_PRESETS
-from model import (
-    ModelConfig,
+from model import ModelConfig, TinyGPTV, half_dtype, is_trainable, set_dtype
+from official.checkpoints import (
     Tensors,
-    TinyGPTV,
     check_tensor,
     files_below,
-    half_dtype,
-    is_trainable,
     new_projector,
     read_tokenizer,
     release,
-    set_dtype,
 )
 from official.fetch import not_weights
 from official.weights import (

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from model import ModelConfig, TinyGPTV, save_checkpoint
+from model import ModelConfig, TinyGPTV
+from official.checkpoints import save_checkpoint
 from test_model import full_config, randomized, write_tokenizer
 
 DIGITS = b"0123456789"

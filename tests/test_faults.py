@@ -28,19 +28,12 @@ from safetensors.torch import load_file
 
 import data
 import generate
+from official.checkpoints import replace_file, save_checkpoint
 import quantize
 import train
 from damaged import picture, write_weights
 from experiments import evaluate
-from model import (
-    Attention,
-    RMSNorm,
-    TinyGPTV,
-    causal_mask,
-    replace_file,
-    rotary_cos_sin,
-    save_checkpoint,
-)
+from model import Attention, RMSNorm, TinyGPTV, causal_mask, rotary_cos_sin
 from official import convert, export, load, stream
 from test_load import TWO, write_safetensors
 from test_model import CONFIG

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
+from official.checkpoints import in_dtype, release, save_checkpoint
 import train
 from golden_case import Case, full_config, full_weights, qformer_config
-from model import ModelConfig, TinyGPTV, in_dtype, is_trainable, release, save_checkpoint
+from model import ModelConfig, TinyGPTV, is_trainable
 from official import export, load
 from official.export import export_checkpoint
 from official.load import open_official, open_weights

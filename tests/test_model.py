@@ -24,8 +24,8 @@ from model import (
     apply_rotary,
     is_trainable,
     rotary_cos_sin,
-    save_checkpoint,
 )
+from official.checkpoints import save_checkpoint
 from train import set_trainable
 from vision import VisionConfig
 

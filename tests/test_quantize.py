@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
+from official.checkpoints import save_checkpoint
 import quantize
 from data import inference_prompt, load_image
 from generate import answer, encode_images
 from lora import LoRAConfig, LoRALinear, merge_lora, merge_tensors
-from model import KVCache, Phi, PhiConfig, TinyGPTV, save_checkpoint
+from model import KVCache, Phi, PhiConfig, TinyGPTV
 from quantize import Int8Block, Int8Linear, PackedLinear, dequantize, quantize_rows
 from train import TrainConfig, train
 from vision import Attention, VisionConfig

@@ -1,0 +1,342 @@
+"""Weights directories: reading and writing them, strictly.
+
+A directory holds config.json, model.safetensors with what the stages have trained, and next to it
+or in another folder the backbones: ours as safetensors, or the official files (load.py). One that
+quantize.py made holds the whole model. Whatever is read, every tensor is accounted for, has its
+shape and only finite numbers, or there is an error that names file and tensor; and no tensor is in
+memory twice. What is written replaces the old file when it is whole, and not before.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bridge import Projector, ProjectorConfig
+from data import Tokenizer, printable
+from lora import merge_tensors
+from model import (
+    ModelConfig,
+    PhiConfig,
+    TinyGPTV,
+    half_dtype,
+    is_new,
+    is_trainable,
+    set_dtype,
+)
+from official.fetch import not_weights
+from quantize import quantize_tensors
+
+Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, one after the other
+
+
+# ---- tensors ----
+
+
+def read_tensors(
+    path: Path, prefix: str, expected: dict[str, Tensor], copy: bool
+) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, checked, their names after `prefix`."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        with open(path, "rb") as file:
+            kind = not_weights(file.read(64))
+        told = f"{path} ({path.stat().st_size} bytes) is "
+        told += f"{kind}, " * bool(kind) + f"not a safetensors file: {printable(error)}"
+        raise ValueError(told) from None
+    names = {prefix + name: tensor for name, tensor in tensors.items()}
+    try:
+        return {n: check_tensor(n, tensor, expected.get(n), copy) for n, tensor in names.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {printable(error)}") from None
+
+
+def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool) -> Tensor:
+    """What a file holds in the dtype of the tensor (on the meta device) whose place it takes; a
+    copy, or where possible the mapped file itself. Raises ValueError if there is none, the shape
+    differs, a number is not finite, or int8 is no int8."""
+    if expected is None:
+        raise ValueError(f"unexpected tensor {name}")
+    if tensor.shape != expected.shape:
+        shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected.shape)}"
+        raise ValueError(f"{name} has shape {shapes}")
+    if expected.is_floating_point() and not tensor.is_floating_point():
+        raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+    if not expected.is_floating_point() and tensor.dtype != expected.dtype:
+        raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}")
+    converted = in_dtype(tensor, expected.dtype, copy)
+    if not all_finite(converted):
+        is_finite = all_finite(tensor.double())  # some types of 8 bits have no extremes
+        too_large = f"numbers too large for {expected.dtype}"
+        raise ValueError(f"{name} holds {too_large if is_finite else 'NaN or infinity'}")
+    return converted
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+    """The tensor in a dtype; in new memory if `copy` or if it has another one.
+
+    fp16 becomes bf16 by way of fp32, in parts that fit into the processor's cache: torch is fast on
+    both halves of the way, and slow on the whole.
+    """
+    if (tensor.dtype, dtype) != (torch.float16, torch.bfloat16):
+        return tensor.to(dtype, copy=copy)
+    result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    for place, part in zip(*(whole.reshape(-1).split(2**18) for whole in (result, tensor))):
+        place.copy_(part.float())
+    return result
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is the extreme of both
+
+
+def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
+    """Raises ValueError unless all names were found in the folder."""
+    missing = sorted(names - set(found))
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+
+
+def release(path: Path | None) -> None:
+    """Gives back what was read of a mapped file: its pages count as this process's memory. (They
+    stay in the system's cache. Where there is no /proc, only the count is higher.) What was written
+    to the mapped tensors would be lost."""
+    maps = Path("/proc/self/maps")
+    if path is None or not maps.exists():
+        return
+    ending = f" {path.resolve()}"
+    for line in maps.read_text().splitlines():
+        if line.endswith(ending):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            span = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+            ctypes.CDLL(None).madvise(*span, mmap.MADV_DONTNEED)
+
+
+# ---- directories ----
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and up to three folders below it. Links are followed: no further, so
+    that those in a circle end."""
+    depths = ("*", "*/*", "*/*/*", "*/*/*/*")
+    return sorted(path for depth in depths for path in folder.glob(depth) if path.is_file())
+
+
+def is_official(directory: Path) -> bool:
+    """Whether a folder holds official files, or the beginnings of their download: their ViT and
+    Q-Former are pickles. A folder with one of our configurations is ours whatever else is there."""
+    for path in (directory / "config.json", *directory.glob("stage[1-4]/config.json")):
+        if path.exists() and '"qformer"' in path.read_text("utf-8", errors="replace"):
+            return False
+    endings = (".pth", ".pt", ".bin", ".part")
+    return any(path.suffix in endings for path in files_below(directory))
+
+
+def checkpoint_directory(directory: Path, stage: int | None) -> Path:
+    """The checkpoint directory that `stage` means in `directory`."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no weights directory {directory}")
+    if (directory / "model.safetensors").exists() or stage == 0:
+        return directory
+    stages = sorted(int(path.name[5:]) for path in directory.glob("stage[1-4]"))
+    if not stages or (stage is not None and stage not in stages):
+        wanted = "no checkpoint" if stage is None else f"no stage {stage}"
+        found = ", ".join(map(str, stages)) or "none"
+        raise FileNotFoundError(f"{directory}: {wanted} in it; stages found: {found}")
+    return directory / f"stage{stage or stages[-1]}"
+
+
+# What numbers a configuration may hold: whole ones from 1 to a million, others from 0 to 1, or
+RANGES = {"num_layers": (1, 200), "stage": (0, 4), "rope_theta": (1, 1e9)}
+
+
+def check_config(config: object) -> None:
+    """Raises ValueError, naming the key, for what no model can be: it would fail when it answers,
+    or take all memory before."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            check_config(value)
+        elif name != "lora":  # None where there is none
+            kinds = (int, float) if field.type is float else (field.type,)
+            least, most = RANGES.get(name, (1, 10**6) if field.type is int else (0, 1))
+            if type(value) not in kinds or not least <= value <= most:
+                expected = f"{field.type.__name__} from {least} to {most}"
+                raise ValueError(f"{name} is {value!r:.40}, not of type {expected}")
+    sizes = vars(config)
+    for whole, part in (("hidden_size", "num_heads"), ("image_size", "patch_size")):
+        if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
+            raise ValueError(f"{whole} {sizes[whole]} is no multiple of {part} {sizes[part]}")
+    if isinstance(config, PhiConfig):
+        head_dim = config.hidden_size // config.num_heads
+        if (rotary_dim := int(config.partial_rotary_factor * head_dim)) < 2 or rotary_dim % 2:
+            raise ValueError(f"{rotary_dim} channels of each head rotate; they have to be pairs")
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, str]:
+    """The model's sizes, and the folder of its frozen tensors as seen from `folder`."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        config = ModelConfig.from_dict(values)
+        check_config(config)
+        return config, os.fspath(values.get("backbones", "."))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; is {folder} a weights directory?") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a model: {error!r:.300}") from None
+
+
+def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer in a folder. Raises ValueError if it has more ids than the model has rows."""
+    tokenizer = Tokenizer(folder)
+    if len(tokenizer) > config.phi.vocab_size:
+        raise ValueError(f"the tokenizer files of {folder} have {len(tokenizer)} ids, the model "
+                         f"has {config.phi.vocab_size}: they do not belong together")  # fmt: skip
+    return tokenizer
+
+
+# ---- models ----
+
+
+BACKBONE_FILES = {
+    "vision.safetensors": "visual_encoder.",
+    "qformer.safetensors": "qformer.",
+    "phi.safetensors": "phi.",
+}
+
+
+def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
+    """A projector that has learned nothing yet (torch's default initialisation), to be trained."""
+    return {f"projector.{name}": t for name, t in Projector(config).state_dict().items()}
+
+
+def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensors:
+    """The tensors of a checkpoint directory, then what its backbones have beside them."""
+    expected = model.state_dict()
+    if model.config.int8:
+        tensors = read_tensors(folder / "model.safetensors", "", expected, copy=False)
+        require(tensors, set(expected), folder)
+        yield from tensors.items()
+        return
+    if model.stage > 0:
+        own = read_tensors(folder / "model.safetensors", "", expected, copy)
+        require(own, {name for name in expected if is_trainable(name)}, folder)
+        model.carried = {name for name in own if not is_trainable(name)}
+    else:  # the first half of the projection has a history, the second begins
+        path = model.backbones / "projection.safetensors"
+        own = new_projector(model.config.projector)
+        own |= read_tensors(path, "projector.", expected, copy)
+    yield from own.items()
+    if is_official(model.backbones):
+        from official.load import read_backbones
+
+        yield from read_backbones(model, device, own, copy)
+        return
+    for file, prefix in BACKBONE_FILES.items():
+        tensors = read_tensors(model.backbones / file, prefix, expected, copy)
+        names = {n for n in expected if n.startswith(prefix) and not is_new(n)}
+        require(tensors, names, model.backbones)
+        yield from ((name, tensor) for name, tensor in tensors.items() if name not in own)
+
+
+def open_pretrained(
+    directory: Path, stage: int | None, device: str, dtype: torch.dtype | None, copy: bool = True
+) -> tuple[TinyGPTV, Tensors]:
+    """The model with shapes but no memory, and its tensors as they are read: the checkpoint's
+    first, of official files one after the other. copy: False if tensors may stay in the mapped
+    file, where nobody may write to them."""
+    if is_official(directory):
+        from official.load import open_official  # it is built on this file
+
+        return open_official(directory, stage, device, dtype, copy=copy)
+    folder = checkpoint_directory(directory, stage)
+    config, backbones = read_config(folder)
+    if stage not in (None, config.stage):
+        raise ValueError(f"{directory} holds stage {config.stage}, not {stage}")
+    with torch.device("meta"):
+        model = TinyGPTV(config)
+    model.backbones = folder / backbones
+    on_official = is_official(model.backbones)
+    is_half = on_official or config.int8
+    set_dtype(model, dtype or (half_dtype(device) if is_half else torch.float32))
+    if not on_official:
+        model.tokenizer = read_tokenizer(model.backbones, config)
+    return model, read_model(model, folder, device, copy)
+
+
+def open_quantized(directory: Path, stage: int | None) -> tuple[TinyGPTV, Tensors]:
+    """As `open_pretrained`, of the model quantized, LoRA merged. A tensor may come in parts."""
+    source, tensors = open_pretrained(directory, stage, "cpu", torch.float16, copy=False)
+    if source.config.int8:
+        raise ValueError(f"{directory} is quantized already")
+    with torch.device("meta"):
+        model = TinyGPTV(replace(source.config, lora=None, int8=True))
+    set_dtype(model, torch.float16)
+    model.tokenizer = source.tokenizer
+
+    def read() -> Tensors:
+        lora = source.config.lora
+        merged = merge_tensors(tensors, lora) if lora else tensors
+        yield from quantize_tensors(merged)
+        model.load_report = source.load_report
+
+    return model, read()
+
+
+def collected(tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors in the dtypes of `expected`, those that came in parts as wholes."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        parts.setdefault(name, []).append(tensor.to(expected[name].dtype))
+    return {name: torch.cat(some) if len(some) > 1 else some[0] for name, some in parts.items()}
+
+
+# ---- writing ----
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary file to write into, which takes the place of `path` when all of it is on the
+    disk: whatever happens, `path` is the old file or the new one. Raises OSError if the writing
+    fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # by who writes
+            raise OSError(f"cannot write {path} ({error}); nothing else has changed") from error
+        raise
+
+
+def write_config(config: ModelConfig, folder: Path, backbones: str) -> None:
+    """Writes config.json; backbones: the folder of the frozen tensors as seen from `folder`."""
+    text = json.dumps(asdict(config) | {"backbones": backbones}, indent=2)
+    with replace_file(folder / "config.json") as path:
+        path.write_text(text + "\n", "utf-8")
+
+
+def save_checkpoint(model: TinyGPTV, folder: Path) -> None:
+    """Writes config.json and model.safetensors. The frozen tensors of the backbones stay where
+    they are, in `model.backbones`, to which config.json points."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replace_file(folder / "model.safetensors") as path:
+        save_file(model.checkpoint_tensors(), path)
+    write_config(model.config, folder, os.path.relpath(model.backbones, folder))
