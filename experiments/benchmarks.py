@@ -182,7 +182,7 @@ def read_items(config: Config) -> list[Item]:
                 raise ValueError(f"{split} of {config.bench} has no items in {config.data}")
             items += found
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        told = f"{config.bench}: the files are not like the official ones ({error!r})"
+        told = f"{config.bench}: the files are not like the official ones ({error!r:.200})"
         raise ValueError(told) from error
     missing = sorted({str(item.image) for item in items if not item.image.is_file()})
     if missing:

@@ -344,7 +344,8 @@ def convert(name: str, src: Path, out: Path) -> str:
             if not written:
                 raise ValueError(report)
     except (ArithmeticError, AttributeError, LookupError, TypeError, UnicodeError) as error:
-        raise ValueError(f"{name}: the files are not like the official ones ({error!r})") from error
+        told = f"{name}: the files are not like the official ones ({error!r:.200})"
+        raise ValueError(told) from error
     return report
 
 

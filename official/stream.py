@@ -140,7 +140,7 @@ def read_mixture(folder: Path, stage: int) -> dict[str, tuple[float, int]]:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
             ValueError) as error:  # fmt: skip
         like = f'{{"{stage}": {{"mine": [1, 6]}}}}: a ratio and a batch size for mine.jsonl'
-        raise ValueError(f"{path} must be like {like} ({error!r})") from error
+        raise ValueError(f"{path} must be like {like} ({error!r:.200})") from error
     if not numbers or not all(0 < x < 1e6 for pair in numbers.values() for x in pair):
         raise ValueError(f"{path}: ratios and batch sizes of stage {stage} must be above 0 and "
                          "below a million")  # fmt: skip

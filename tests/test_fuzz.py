@@ -1,8 +1,9 @@
 """Every file that is read, damaged at random: it is refused in one line that names it, or it loads.
 
 Never another exception, never a wait of more than SECONDS, never more than MEGABYTES of memory
-beyond what was there. What loads is used, because damage may show only then. Seeds are fixed; a few
-dozen damaged files of each kind by default, thousands with -m slow.
+beyond what was there. (A picture that says it is large takes some bytes for each of its pixels, up
+to data.MAX_PIXELS, which is less here.) What loads is used, because damage may show only then.
+Seeds are fixed; a few dozen damaged files of each kind by default, thousands with -m slow.
 """
 
 import io
@@ -271,6 +272,11 @@ def fuzz(folder: Path, name: str, times: int) -> None:
             raise AssertionError(f"{name} {seed}: {path}: {error!r:.500}") from error
         finally:
             path.write_bytes(contents[path])
+
+
+@pytest.fixture(autouse=True)
+def fewer_pixels(monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", 10_000_000)
 
 
 @pytest.mark.parametrize("name", TARGETS)

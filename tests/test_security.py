@@ -163,6 +163,13 @@ def test_a_mixture_has_numbers_that_can_be_drawn_with(pair, tmp_path):
         stream.read_mixture(tmp_path, 4)
 
 
+def test_what_is_no_text_is_not_told_in_full(tmp_path):
+    (tmp_path / "mixture.json").write_bytes(b"\xff" * 10_000)
+    with pytest.raises(ValueError, match="mixture.json must be like .*UnicodeDecodeError") as error:
+        stream.read_mixture(tmp_path, 4)
+    assert len(str(error.value)) < 500
+
+
 @pytest.mark.parametrize("weight_map", ['["a"]', '{"a": "../a.bin"}', '{"a": 1}', '{"a": ""}',
                                         '{"a": "a\\u001b"}', "null"])
 def test_an_index_names_files_beside_it(weight_map, tmp_path):
