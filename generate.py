@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor
 
 from data import STAGES, Tokenizer, encode_prompt, inference_prompt
-from data import left_pad_collate, load_image, preprocess
+from data import left_pad_collate, load_image, preprocess, printable
 from experiments.pictures import answer_attention, boxes_of, check_picture_name
 from experiments.pictures import draw_answer, draw_attention
-from model import KVCache, Phi, TinyGPTV, autocast
+from model import KVCache, Phi, TinyGPTV, autocast, is_out_of_memory
 
 
 # ---- sampling ----
@@ -463,14 +463,16 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 after one line on stderr that says what was wrong."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             run(parse_arguments(argv))
         return 0
-    except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory; use --dtype bf16, or --device cpu if it was the GPU's"
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = printable(" ".join(str(error).split()))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = "out of memory; use --dtype bf16, or --device cpu if it was the GPU's"
     print(f"error: {message}", file=sys.stderr)
     return 2
 

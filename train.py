@@ -24,8 +24,8 @@ import difflib
 import itertools
 import math
 import os
-import pickle
 import random
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,12 +41,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import IGNORE, RecordDataset, collate, read_folder, read_records
+from data import IGNORE, RecordDataset, collate, printable, read_folder, read_records
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import Phi, TinyGPTV, autocast, half_dtype, is_trainable
+from model import Phi, TinyGPTV, autocast, half_dtype, is_out_of_memory, is_trainable
 from official.checkpoints import replace_file, save_checkpoint
+from official.load import first_words
 from official.stream import folder_mixture, has_mixture
 from quantize import quantize_model
 
@@ -414,12 +415,14 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
     path = Path(config.out) / "train_state.pt"
     if not path.exists():
         raise ValueError(f"there is no {path}: {config.out} holds no run that could go on")
+    now = asdict(config) | {"processes": world_size}
     try:
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start again without resume=1") from error
-    before = state["config"] | {"processes": state["world_size"]}
-    now = asdict(config) | {"processes": world_size}
+        before = state["config"] | {"processes": state["world_size"]}
+        before = {key: before[key] for key in now}
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        reason = first_words(error)
+        raise ValueError(f"{path} is damaged ({reason}); start again without resume=1") from None
     changed = [f"{key}={before[key]}" for key in now
                if key not in MAY_CHANGE and before[key] != now[key]]  # fmt: skip
     if changed:
@@ -448,9 +451,9 @@ def noted_signals() -> Iterator[list[int]]:
 def finish(config: TrainConfig) -> None:
     """Leaves what will be used, and a picture of the losses of this run and stages beside it."""
     out = Path(config.out).absolute()
-    (out / "train_state.pt").unlink()
     logs = {out / "log.jsonl", *out.parent.glob("stage[1-4]/log.jsonl")}
     draw_losses([log.parent for log in sorted(logs)], out / "loss.png")
+    (out / "train_state.pt").unlink()
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
           "--img x.jpg")  # fmt: skip
 
@@ -560,15 +563,23 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     return config
 
 
+def last_line(error: Exception) -> str:
+    """What went wrong; where that was in a process that makes batches, the end of its traceback."""
+    *_, line = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(re.sub(r"^\w+Error: ", "", line))
+
+
 def main(arguments: list[str]) -> int:
     """Exit code: 0, 2 after a line on stderr that says what was wrong, 130 after Ctrl-C."""
     try:
         stopped_by = train(parse_arguments(arguments))
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {last_line(error)}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        told = f"train.py: out of memory ({str(error).splitlines()[0]}). checkpointing=1 and "
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = f"train.py: out of memory ({first_words(error)}). checkpointing=1 and "
         print(told + "micro_batch_size=1 need less; they change only the time", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

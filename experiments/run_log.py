@@ -147,19 +147,27 @@ COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf")
 
 
 def read_losses(folder: Path) -> list[float]:
-    """The finite losses of a run's log, smoothed by a running mean of about 20 steps."""
+    """The finite losses of a run's log, smoothed by a running mean of about 20 steps. Raises
+    ValueError for another file."""
     losses: list[float] = []
-    for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
-        loss = json.loads(line)["loss"]
-        if loss is not None:
-            losses.append(losses[-1] + (loss - losses[-1]) / 20 if losses else loss)
+    path = folder / "log.jsonl"
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            loss = json.loads(line)["loss"]
+            if loss is not None:
+                losses.append(losses[-1] + (loss - losses[-1]) / 20 if losses else float(loss))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: no line of a training's log") from None
     return losses
 
 
 def draw_losses(folders: Iterable[Path], path: Path) -> None:
-    """The losses of some runs, one after the other from left to right, as a PNG."""
+    """The losses of some runs, one after the other from left to right, as a PNG. Raises ValueError
+    if there is none."""
     runs = {folder.name: read_losses(folder) for folder in folders}
     runs = {name: losses for name, losses in runs.items() if losses}
+    if not runs:
+        raise ValueError(f"no run has a finite loss to draw in {path}")
     highest = max(map(max, runs.values()))
     steps = sum(map(len, runs.values()))
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")

@@ -470,9 +470,14 @@ def test_a_file_without_lines_is_not_read_as_one(tmp_path, monkeypatch):
 # ---- memory, Ctrl-C (30, 32) ----
 
 
-def test_out_of_memory_comes_with_advice(drawing, monkeypatch, refusal, tmp_path):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+])  # fmt: skip
+def test_out_of_memory_comes_with_advice(drawing, monkeypatch, refusal, tmp_path, error):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
+        raise error
 
     monkeypatch.setattr(TinyGPTV, "from_pretrained", fail)
     assert "use --dtype bf16" in refusal(generate.main, "--img", drawing)

@@ -341,3 +341,21 @@ def test_a_run_survives_being_killed(tmp_path: Path):
     assert kills >= 20
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("the picture a.jpg is gone")
+
+    monkeypatch.setattr(train.MixtureDataset, "__getitem__", broken)
+    assert run(tmp_path / "run", "steps=1", "num_workers=1") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "train.py: the picture a.jpg is gone"
+
+
+def test_logs_of_something_else_are_named(tmp_path: Path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"epoch": 1}\n')
+    with pytest.raises(ValueError, match="log.jsonl, line 2: no line of a training's log"):
+        run_log.draw_losses([tmp_path], tmp_path / "loss.png")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": null}\n')
+    with pytest.raises(ValueError, match="no run has a finite loss"):
+        run_log.draw_losses([tmp_path], tmp_path / "loss.png")
