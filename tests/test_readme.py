@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import readme
+from experiments import benchmarks, readme
+from train import TrainConfig, key_values
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = re.findall(r"^python (\S+\.py)(.*)$", TEXT, re.MULTILINE)
+IN_SENTENCES = re.findall(r"`python (\S+\.py)([^`]*)`", TEXT)
 
 
 def between(name: str) -> str:
@@ -38,6 +40,19 @@ def test_tables_are_what_the_results_say():
     assert between("efficiency") == readme.efficiency_table()
     assert between("ablation") == readme.ablation_section()
     assert between("shapes") == readme.shape_table()
+
+
+@pytest.mark.parametrize("script, arguments", COMMANDS + IN_SENTENCES)
+def test_options_in_commands_exist(script: str, arguments: str):
+    source = (ROOT / script).read_text("utf-8")
+    given = arguments.split("#")[0].split()
+    if pairs := [argument for argument in given if "=" in argument]:
+        module = import_module(script.removesuffix(".py").replace("/", "."))
+        config = benchmarks.Config if "bench=gqa" in pairs else getattr(module, "Config", TrainConfig)
+        assert key_values(pairs, config)
+    for option in (argument for argument in given if argument.startswith("--")):
+        name = option.removeprefix("--")  # generate.py adds some by a table of names
+        assert f'"{option}"' in source or f'"{name}":' in source
 
 
 def test_line_counts_are_right():
@@ -66,3 +81,10 @@ def test_generate_commands_run(arguments: str, tmp_path: Path):
                           input=typed)  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     assert ("out.png" in arguments) == (tmp_path / "out.png").exists()
+
+
+def test_python_in_the_readme_runs(monkeypatch, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec("\n".join(blocks), {})
+    assert len(blocks) == 2 and capsys.readouterr().out == "red\nred\n"
