@@ -2,7 +2,7 @@
 
 Each of its tables and outputs stands between two comments, <!-- name --> and <!-- /name -->, and is
 made anew from experiments/results/, from the log of each shipped stage and from the code; so are
-loss.png, architecture.png and ablation.png in assets/.
+loss.png, speed.png, architecture.png and ablation.png in assets/.
 """
 
 import json
@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from experiments.ablation_report import ablation_section, draw_ablation
 from experiments.architecture import draw_architecture, shape_table, shapes
-from experiments.run_log import draw_losses
+from experiments.run_log import COLORS, draw_losses
 from model import ModelConfig, TinyGPTV
 from train import set_trainable
 
@@ -122,6 +123,35 @@ def speed_table() -> str:
                  else f"{row[key]:.3f} s" for key in columns]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+BARS = {"tokens a second": "token", "seconds for a picture, 224 px": "picture_224",
+        "seconds for a picture, 448 px": "picture_448",
+        "seconds from a picture to 20 words": "caption"}  # fmt: skip
+BAR_COLORS = dict(zip(("int8", "int8 as it lies", "bf16", "bf16, fused attention",
+                       "dequantize, then multiply"), (*COLORS, "#999999")))  # fmt: skip
+
+
+def draw_speed(path: Path) -> None:
+    """The speed table as bars, a group a column, as a PNG."""
+    variants = result("speed")["variants"]
+    groups = {title: {name: 1 / row[key] if key == "token" else row[key]
+                      for name, row in variants.items() if key in row}
+              for title, key in BARS.items()}  # fmt: skip
+    height = sum(26 + 20 * len(bars) for bars in groups.values()) + 20
+    image = Image.new("RGB", (760, height), "white")
+    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(13), 10
+    for title, bars in groups.items():
+        draw.text((10, y + 10), title, "black", font, anchor="lm")
+        y += 22
+        for name, value in bars.items():
+            draw.text((200, y + 9), name, "black", font, anchor="rm")
+            end = 210 + 470 * value / max(bars.values())
+            draw.rectangle((210, y + 2, end, y + 16), BAR_COLORS[name])
+            draw.text((end + 6, y + 9), f"{value:.2f}", "black", font, anchor="lm")
+            y += 20
+        y += 4
+    image.save(path)
 
 
 def memory_table() -> str:
@@ -236,6 +266,7 @@ def main() -> None:
     text = put(with_line_counts(text), "shapes", shape_table())
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
     text = put(text, "size", size_table())
+    draw_speed(ROOT / "assets" / "speed.png")
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())
     text = put(text, "attention", attention_table())
     text = put(text, "agreement", agreement())
