@@ -168,9 +168,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
         rows = x.flatten(0, -2).float()
-        largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp(min=TINY)
+        sizes = rows.abs()
+        largest = sizes.amax(dim=1, keepdim=True).clamp_(min=TINY)
         num_bytes = self.num_bytes
-        if num_bytes == 1 and is_coarse(rows, largest / 127):
+        if num_bytes == 1 and is_coarse(sizes, largest / 127):
             num_bytes = 2
         step = largest / (127 * 256 ** (num_bytes - 1))
         y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
@@ -201,12 +202,11 @@ def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
     return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
 
 
-def is_coarse(rows: Tensor, step: Tensor) -> bool:
-    """Whether some row of (n, in) is rounded to steps (n, 1) with an error of more than 4 % of the
-    mean size of its numbers. The error, step / sqrt(12), is 1 % for numbers with a normal
+def is_coarse(sizes: Tensor, step: Tensor) -> bool:
+    """Whether some row of numbers of these sizes (n, in) is rounded to steps (n, 1) with an error
+    of more than 4 % of their mean. The error, step / sqrt(12), is 1 % for numbers with a normal
     distribution, and the larger the further the largest is from the others."""
-    mean = torch.linalg.vector_norm(rows, 1, dim=1, keepdim=True) / rows.shape[1]
-    return bool((step / math.sqrt(12) > 0.04 * mean).any())
+    return bool((step / math.sqrt(12) > 0.04 * sizes.mean(dim=1, keepdim=True)).any())
 
 
 @functools.cache
@@ -274,6 +274,31 @@ class Int8Block(nn.Module):
         return x + attended + self.fc2(F.gelu(up, approximate="tanh"))
 
 
+class Int8VisionBlock(nn.Module):
+    """vision.Block for many tokens: what is done with each token alone is done with a few hundred of
+    them after the others, so that what lies between two products stays in the cache."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, hidden_size) -> the same."""
+        attn, norm1 = self.block.attn, self.block.norm1
+        rows = x.flatten(0, 1)  # (B * N, hidden_size)
+        parts = max(1, len(rows) // 256)
+        qkv = torch.cat([attn.project(norm1(part)) for part in rows.chunk(parts)])
+        mixed = attn.mix(qkv.unflatten(0, x.shape[:2])).flatten(0, 1)
+        done = map(self.finish, rows.chunk(parts), mixed.chunk(parts))
+        return torch.cat(list(done)).view_as(x)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Tokens x (n, hidden_size) and what attention has found for them -> the same after both
+        halves of the block."""
+        x = x + self.block.attn.proj(mixed)
+        return x + self.block.mlp(self.block.norm2(x))
+
+
 def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     """Makes the products of a quantized Phi ready for the int8 unit, in place, with two bytes a
     number. release: called after each layer, to let go of the file that it lay in, so that the
@@ -294,8 +319,9 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
 def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
     """The same for the ViT, with one byte a number wherever that is not too coarse."""
     vit.requires_grad_(False)
-    for block in vit.blocks:
+    for number, block in enumerate(vit.blocks):
         pack_layers(block, 1)
+        vit.blocks[number] = Int8VisionBlock(block)
         release()
 
 

@@ -86,19 +86,22 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, hidden_size) -> the same."""
-        B, N, C = x.shape
+    def project(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., 3 * hidden_size): q, k and v of each token."""
         k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
         bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         if isinstance(self.qkv, nn.Linear):
-            qkv = F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))  # (B, N, 3C)
-        else:  # quantized
-            qkv = self.qkv(x) + bias
-        qkv = qkv.view(B, N, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
-        y = attend(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+            return F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))
+        return self.qkv(x) + bias  # quantized
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """(B, N, 3 * hidden_size) -> (B, N, hidden_size): what each token finds in the others."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attend(q, k, v).transpose(1, 2).flatten(2)  # from (B, heads, N, head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, hidden_size) -> the same."""
+        return self.proj(self.mix(self.project(x)))
 
 
 class MLP(nn.Module):

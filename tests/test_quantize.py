@@ -17,15 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from official.checkpoints import save_checkpoint
 import quantize
 from data import inference_prompt, load_image
 from generate import answer, encode_images
 from lora import LoRAConfig, LoRALinear, merge_lora, merge_tensors
 from model import KVCache, Phi, PhiConfig, TinyGPTV
-from quantize import Int8Block, Int8Linear, PackedLinear, dequantize, quantize_rows
+from official.checkpoints import save_checkpoint
+from quantize import (
+    Int8Block,
+    Int8Linear,
+    Int8VisionBlock,
+    PackedLinear,
+    dequantize,
+    quantize_rows,
+)
 from train import TrainConfig, train
-from vision import Attention, VisionConfig
+from vision import Attention, Block, VisionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "miniature" / "weights"
@@ -183,7 +190,22 @@ def test_where_one_byte_is_too_coarse_there_are_two():
 def test_a_normal_distribution_is_not_coarse_nor_after_gelu():
     x = torch.randn(300, 6144)
     for rows in (x[:, :1408], F.gelu(x)):
-        assert not quantize.is_coarse(rows, rows.abs().amax(1, keepdim=True) / 127)
+        sizes = rows.abs()
+        assert not quantize.is_coarse(sizes, sizes.amax(1, keepdim=True) / 127)
+
+
+@needs_unit
+def test_a_vision_block_by_rows_is_the_block():
+    """Two pictures of 300 tokens: the second part of the rows begins in the first picture."""
+    config = VisionConfig(28, 14, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    block = Block(config).requires_grad_(False)
+    block.attn.q_bias.normal_()
+    block.attn.v_bias.normal_()
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        block.set_submodule(name, Int8Linear(block.get_submodule(name)))
+    quantize.pack_layers(block, 1)
+    x = torch.randn(2, 300, 32)
+    assert_close(Int8VisionBlock(block)(x), block(x), rtol=0, atol=1e-6)
 
 
 @needs_unit
