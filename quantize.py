@@ -275,8 +275,8 @@ class Int8Block(nn.Module):
 
 
 class Int8VisionBlock(nn.Module):
-    """vision.Block for many tokens: what is done with each token alone is done with a few hundred of
-    them after the others, so that what lies between two products stays in the cache."""
+    """vision.Block for many tokens: what is done with each token alone is done with a few hundred
+    of them after the others, so that what lies between two products stays in the cache."""
 
     def __init__(self, block: nn.Module):
         super().__init__()

@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -100,6 +101,8 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity in it."""
+    if not tensor.is_floating_point():
+        return True  # without reading it
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is the extreme of both
 
 
@@ -111,18 +114,23 @@ def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
 
 
 def release(path: Path | None) -> None:
-    """Gives back what was read of a mapped file: its pages count as this process's memory. (They
-    stay in the system's cache. Where there is no /proc, only the count is higher.) What was written
-    to the mapped tensors would be lost."""
-    maps = Path("/proc/self/maps")
-    if path is None or not maps.exists():
+    """Gives back memory that is no longer needed: what the C library keeps of freed tensors, and
+    what was read of a mapped file, whose pages count as this process's. (They stay in the system's
+    cache. What was written to the mapped tensors would be lost.) For Linux; elsewhere nothing
+    happens, and a process holds more than it needs."""
+    if not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc has it, others do without
+        library.malloc_trim(0)
+    if path is None:
         return
     ending = f" {path.resolve()}"
-    for line in maps.read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(ending):
             start, end = (int(address, 16) for address in line.split()[0].split("-"))
             span = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-            ctypes.CDLL(None).madvise(*span, mmap.MADV_DONTNEED)
+            library.madvise(*span, mmap.MADV_DONTNEED)
 
 
 # ---- directories ----
