@@ -7,8 +7,8 @@ Lines file) becomes question and answer in the words and template of its trainin
 
     [BOS][prompt, each picture as num_queries times IMAGE_TOKEN_ID][answer + end symbol]
 
-where only the answer has labels; `collate` pads rows to a batch; `RecordDataset` and
-`mixture_batches` give rows for as long as training asks. Nothing here knows the model.
+where only the answer has labels; `collate` pads rows to a batch; `RecordDataset` gives rows for as
+long as training asks, and train.py mixes several. Nothing here knows the model.
 """
 
 import json
@@ -255,7 +255,7 @@ def instruction(task: str, text: str = "", rng: random.Random | None = None) -> 
     """`text` in the words of its task and with its tag; without rng always in the same words."""
     if IMAGE_PLACEHOLDER in text:
         raise ValueError(f"{IMAGE_PLACEHOLDER} stands for a picture and cannot be part of a text")
-    fixed = 1 if task in ("refer", "identify") else 0
+    fixed = 1 if task in ("refer", "identify") else 0  # 0 would be the bare phrase
     words = (rng.choice(POOLS[task]) if rng else POOLS[task][fixed]).format(text)
     return words if task in ("detail", "instruct", "chat") else f"[{task}] {words}"
 

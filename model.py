@@ -31,7 +31,7 @@ from bridge import (
     QFormerConfig,
     naive_attention,
 )
-from data import IMAGE_TOKEN_ID
+from data import IGNORE, IMAGE_TOKEN_ID, Tokenizer
 from lora import LORA_PRESETS, LoRAConfig, add_lora
 from quantize import has_int8_unit, pack_phi, pack_vision, quantize_model
 from vision import VISION_PRESETS, EvaViT, VisionConfig
@@ -66,7 +66,7 @@ PHI_PRESETS = {
 
 
 def rotary_cos_sin(position_ids: Tensor, rotary_dim: int, theta: float) -> Tensor:
-    """Cosine and sine of every position's angles (RoPE, arXiv 2104.09864, eq. 34), in fp32.
+    """Cosine and sine of every position's angles (RoPE, arXiv 2104.09864, section 3.2), in fp32.
 
     position_ids (B, T) -> (B, 1, T, rotary_dim / 2, 2), to be broadcast over heads.
     """
@@ -115,7 +115,7 @@ class KVCache:
 
     def update(self, layer: int, kv: Tensor) -> Tensor:
         """Stores keys and values (2, B, heads, T, head_dim) of the newest T tokens; returns those
-        of all tokens."""
+        of all tokens. `length` is moved on by Phi, when all layers have stored theirs."""
         end = self.length + kv.shape[3]
         self.kv[layer, :, :, :, self.length : end] = kv
         return self.kv[layer, :, :, :, :end]
@@ -233,7 +233,7 @@ class Phi(nn.Module):
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
         """Token embeddings (B, T, hidden_size), the places of pictures filled with theirs in order.
-        The sum over all layers begins with them, in fp32 whatever the embeddings' own dtype.
+        The residual stream begins here, in fp32 whatever the embeddings' own dtype.
 
         Raises ValueError when the pictures do not fill those places exactly.
         """
@@ -283,7 +283,7 @@ class Phi(nn.Module):
         label t + 1."""
         hidden = self(inputs_embeds, attention_mask)
         targets = labels[:, 1:]
-        labelled = targets != -100
+        labelled = targets != IGNORE
         logits = self.lm_head(hidden[:, :-1][labelled])  # (labelled tokens, vocab_size)
         total = F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
         return total / labelled.sum().clamp(min=1)
@@ -401,6 +401,8 @@ class TinyGPTV(nn.Module):
         super().__init__()
         self.config = config
         self.stage = config.stage
+        self.tokenizer: Tokenizer | None = None  # this and the next three are set by who loads
+        self.backbones: Path | None = None  # the folder of the frozen tensors
         self.load_report = ""  # what official/load.py has to say
         self.carried: set[str] = set()  # frozen tensors that are the checkpoint's, not a backbone's
         self.visual_encoder = EvaViT(config.vision)
@@ -453,14 +455,15 @@ class TinyGPTV(nn.Module):
         those `stage` picks one, the last by default, and 0 the backbones with a new projector. Or
         a folder with the official files (official/load.py), or what quantize.py has made of either.
         dtype: of the frozen linear maps and embeddings; fp32 by default, of official and quantized
-        weights half precision. int8: quantize what is not quantized yet. pack: make quantized
-        weights ready for the CPU's int8 unit, which takes seconds; else they are used where they
-        lie in the file. Raises ValueError or FileNotFoundError, naming file and tensor, unless
-        every tensor is there, has its shape, is finite, and none is left over.
+        weights half precision. int8: quantize while loading, an error if that is done already.
+        pack: make quantized weights ready for the CPU's int8 unit, which takes seconds; else they
+        are used where they lie in the file. Raises ValueError or FileNotFoundError, naming file and
+        tensor, unless every tensor is there, has its shape, is finite, and none is left over.
         """
+        # here, because that module is built on this one
         from official.checkpoints import collected, open_pretrained, open_quantized, release
 
-        directory = Path(directory)  # (the module is built on this one)
+        directory = Path(directory)
         if int8:
             model, tensors = open_quantized(directory, stage)
             set_dtype(model, dtype or half_dtype(device))

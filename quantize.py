@@ -9,7 +9,7 @@ Read it from the leaves to the root:
     quantize_rows, dequantize    the idea: whole numbers from -127 to 127, and one scale a row
     Int8Linear                   a linear layer that keeps such weights
     PackedLinear                 the same product in whole numbers, on the CPU's int8 unit
-    Int8Block, pack_phi          a layer of Phi in three such products and little else
+    Int8Block, Int8VisionBlock   a layer of Phi, and of the ViT, around such products
     quantize_tensors, main       a model from file to file, tensor by tensor:
 
     python quantize.py --weights DIR --out DIR
@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What is quantized: nearly all there is, the matrices of Phi and of the ViT's blocks. The rest is
-# small or is looked up and not multiplied, and stays as exact as it was: the embeddings, norms,
-# biases and positions, the patch convolution, the Q-Former and the projection.
+# small or is looked up and not multiplied, and stays in 16 bits (embeddings, the patch convolution,
+# the Q-Former's matrices) or fp32 (norms, biases, positions, the projection).
 QUANTIZED = re.compile(
     r"phi\.layers\.\d+\.self_attn\.(qkv|dense)"
     r"|phi\.layers\.\d+\.mlp\.fc[12]"
@@ -135,7 +135,7 @@ def quantize_model(model: nn.Module) -> None:
 # ---- products in whole numbers ----
 # A CPU's int8 unit multiplies bytes and adds the products up without any error; so x has to become
 # bytes as well. One byte for a number is coarse: 127 steps up to the largest, and a product that is
-# off by about one percent. Two bytes are finer than bf16. For each number is n steps, and a whole
+# off by about one percent. Two bytes are finer than bf16. Each number is n steps, and a whole
 # number is n = 256 * high + low (1000 = 256 * 4 - 24), with both between -128 and 127; and so
 #
 #     W n = 256 * (W high) + (W low)
@@ -168,10 +168,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
         rows = x.flatten(0, -2).float()
-        sizes = rows.abs()
-        largest = sizes.amax(dim=1, keepdim=True).clamp_(min=TINY)
+        magnitudes = rows.abs()
+        largest = magnitudes.amax(dim=1, keepdim=True).clamp_(min=TINY)
         num_bytes = self.num_bytes
-        if num_bytes == 1 and is_coarse(sizes, largest / 127):
+        if num_bytes == 1 and is_coarse(magnitudes, largest / 127):
             num_bytes = 2
         step = largest / (127 * 256 ** (num_bytes - 1))
         y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
@@ -182,8 +182,9 @@ class PackedLinear(nn.Module):
     def multiply(self, numbers: Tensor) -> Tensor:
         """(n, in) of uint8, where 128 stands for 0 -> (n, out) in fp32."""
         return torch.ops.onednn.qlinear_pointwise(
-            numbers, 1.0, 128, self.weight, self.scale, self.zero_points, None,
-            1.0, 0, torch.float32, "none", [], "",
+            numbers, 1.0, 128,  # x: scale, zero point
+            self.weight, self.scale, self.zero_points, None,  # W: packed; no bias
+            1.0, 0, torch.float32, "none", [], "",  # y: scale, zero point, type; nothing after it
         )  # fmt: skip
 
 
@@ -202,11 +203,11 @@ def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
     return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
 
 
-def is_coarse(sizes: Tensor, step: Tensor) -> bool:
-    """Whether some row of numbers of these sizes (n, in) is rounded to steps (n, 1) with an error
-    of more than 4 % of their mean. The error, step / sqrt(12), is 1 % for numbers with a normal
+def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
+    """Whether in some row of numbers of these magnitudes (n, in) rounding to steps (n, 1) errs by
+    more than 4 % of their mean. The error, step / sqrt(12), is 1 % for numbers with a normal
     distribution, and the larger the further the largest is from the others."""
-    return bool((step / math.sqrt(12) > 0.04 * sizes.mean(dim=1, keepdim=True)).any())
+    return bool((step / math.sqrt(12) > 0.04 * magnitudes.mean(dim=1, keepdim=True)).any())
 
 
 @functools.cache
@@ -275,8 +276,8 @@ class Int8Block(nn.Module):
 
 
 class Int8VisionBlock(nn.Module):
-    """vision.Block for many tokens: what is done with each token alone is done with a few hundred
-    of them after the others, so that what lies between two products stays in the cache."""
+    """vision.Block a few hundred tokens at a time, so that what lies between two products stays in
+    the cache; only attention needs all of them at once."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -301,8 +302,8 @@ class Int8VisionBlock(nn.Module):
 
 def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     """Makes the products of a quantized Phi ready for the int8 unit, in place, with two bytes a
-    number. release: called after each layer, to let go of the file that it lay in, so that the
-    weights are never in memory twice."""
+    number. release: called after each layer, to give back the memory of its old form, so that
+    the weights are never in memory twice."""
     phi.requires_grad_(False)
     head_dim = phi.config.hidden_size // phi.config.num_heads
     rotary_dim = int(phi.config.partial_rotary_factor * head_dim)
@@ -384,8 +385,8 @@ def write_tensors(
 
 def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
     """Writes a quantized weights directory; returns what was read and written in words. Matrices
-    are read as fp16, which is how the official files have them."""
-    # It is built on this file.
+    are read as fp16: most official files have them so, and for the Q-Former's that is enough."""
+    # here, because that module is built on this one
     from official.checkpoints import open_quantized, replace_file, write_config
 
     if out.resolve().is_relative_to(weights.resolve()):

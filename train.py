@@ -305,7 +305,7 @@ def train_step(
         with nullcontext() if alone else model.no_sync():
             with autocast(plain.phi.embed_tokens.weight):
                 loss = model(**batch) * (count / max(1, all_labels))
-            scaler.scale(loss * processes).backward()  # times processes: it takes their mean
+            scaler.scale(loss * processes).backward()  # DistributedDataParallel takes the mean
         total += loss.item()
     [total] = add_up([total], device)
     scaler.unscale_(optimizer)
@@ -378,7 +378,7 @@ def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device:
     if config.compile:
         for block in model.phi.layers:
             block.compile()
-    return model.to(device).train()  # LoRA is new, too
+    return model.to(device).train()  # the dropout of LoRA and Phi is on
 
 
 def recompute_layers(phi: Phi) -> None:
@@ -460,9 +460,9 @@ def finish(config: TrainConfig) -> None:
 
 def counts_of(micro: list[dict]) -> list[int]:
     """Samples, tokens, answers that were cut and records that were skipped."""
-    keys = [[len(b["labels"]), int(b["attention_mask"].sum()), b["truncated"], len(b["skipped"])]
+    counts = [[len(b["labels"]), int(b["attention_mask"].sum()), b["truncated"], len(b["skipped"])]
             for b in micro]  # fmt: skip
-    return [sum(column) for column in zip(*keys)]
+    return [sum(column) for column in zip(*counts)]
 
 
 def summary(model: TinyGPTV, schedule: Schedule, precision: str) -> str:
@@ -489,7 +489,8 @@ def train(config: TrainConfig) -> int:
     start, schedule = state["step"], schedule_of(config)
     model = prepare_model(config, state["model"], device)
     runner = model
-    if world_size > 1:  # without a picture the projections have no gradient
+    if world_size > 1:
+        # find_unused: without a picture the projections have no gradient
         runner = DistributedDataParallel(model, find_unused_parameters=True)
     stream = batches(config, schedule.batch_size, model, start, rank, world_size)
     optimizer = new_optimizer(model)

@@ -35,7 +35,7 @@ class VisionConfig:
 
 VISION_PRESETS = {
     "full": VisionConfig(image_size=224, patch_size=14, hidden_size=1408, num_layers=39,
-                         num_heads=16, intermediate_size=6144),
+                         num_heads=16, intermediate_size=6144),  # the file has 40 layers
     "mini": VisionConfig(image_size=112, patch_size=14, hidden_size=192, num_layers=5,
                          num_heads=6, intermediate_size=640),
     "clip": VisionConfig(image_size=224, patch_size=14, hidden_size=1024, num_layers=23,
@@ -62,8 +62,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, each (B, heads, N, head_dim).
 
     In bf16 on a CPU, where torch's fused call is slow at EVA's head_dim of 88 and takes 40 % of the
-    time of a 448 px picture, two heads at a time as plain products. The mean of all keys, which no
-    softmax sees, is taken off first: scores are rounded to bf16, and so they are smaller.
+    time of a 448 px picture, two heads at a time as plain products. Scores are rounded to bf16, and
+    small ones lose less: so the mean of all keys, which no softmax sees, is taken off first. With
+    gradients, the fused call.
     """
     half = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half or torch.is_grad_enabled():
@@ -74,7 +75,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask: every patch sees every patch."""
+    """Multi-head self-attention without a mask: every patch sees every patch. `project` and `mix`
+    are apart because quantize.Int8VisionBlock runs the first on some tokens, the second on all."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()

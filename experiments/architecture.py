@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import ModelConfig, TinyGPTV
 
-TOKENS = 64  # of a prompt with one picture
+TOKENS = 50  # of a prompt with one picture
 # What a row of the table shows: the words for it, and the module whose output it is.
 OUTPUTS = {
     "patches": "visual_encoder.patch_embed",
@@ -209,8 +209,7 @@ def draw_architecture(full: dict, mini: dict) -> Image.Image:
     draw_qformer_layer(drawing)
     draw_phi_block(drawing)
     draw_legend(drawing)
-    smooth = drawing.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    return smooth.quantize(64)  # colors, in a third of the bytes
+    return drawing.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
 def main() -> int:

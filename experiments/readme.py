@@ -215,11 +215,6 @@ def attention_table() -> str:
     for kind, words in kinds.items():
         values = (cell(found[kind][key]) for key in ("share", "hottest", "chance"))
         lines.append(f"| {words} | " + " | ".join(values) + " |")
-    layers = {kind: [share for name, share in found["share_by_choice"].items()
-                     if name.startswith(f"{kind} layer")] for kind in ("caption", "refer")}
-    lines += [""] + [f"Of Phi's layers alone, from the first to the last, for {words}: "
-                     + ", ".join(map(cell, layers[kind])) + "."
-                     for kind, words in list(kinds.items())[:2]]  # fmt: skip
     return "\n".join(lines)
 
 

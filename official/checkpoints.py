@@ -167,7 +167,7 @@ def checkpoint_directory(directory: Path, stage: int | None) -> Path:
     return directory / f"stage{stage or stages[-1]}"
 
 
-# What numbers a configuration may hold: whole ones from 1 to a million, others from 0 to 1, or
+# Whole numbers go from 1 to a million and others from 0 to 1, but for these.
 RANGES = {"num_layers": (1, 200), "stage": (0, 4), "rope_theta": (1, 1e9)}
 
 

@@ -369,7 +369,7 @@ def open_official(
     directory: str | Path, stage: int | None = None, device: str = "cpu",
     dtype: torch.dtype | None = None, copy: bool = True, config: ModelConfig | None = None,
 ) -> tuple[TinyGPTV, Tensors]:  # fmt: skip
-    """TinyGPT-V from a folder with the official files, as `model.open_pretrained` returns it.
+    """TinyGPT-V from a folder with the official files, as `checkpoints.open_pretrained` returns it.
     `model.load_report` tells what came from where as soon as all tensors have come.
 
     stage: which checkpoint, by default the last there is; 0 for none. dtype: of all linear maps and
