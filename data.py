@@ -95,6 +95,7 @@ def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
 
 # ---- text ----
 END_OF_TEXT = "<|endoftext|>"
+# GPT-2's: what a text is cut into before its bytes are merged.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 

@@ -11,7 +11,8 @@ Read it from the leaves to the root:
     Sampling       from scores to the next token
     Answer         from tokens to text, and where it ends
     generate_ids   the loop: the whole prompt at once, then one token at a time
-    generate       one prompt, as a stream; `answer` is its twin for a batch
+    generate       one prompt, as a stream; `answer` is its twin for a batch; both lead through
+                   start_answers, stream_answers and push_answers to the loop
     main           the command line
 
 Boxes and attention are drawn by experiments/pictures.py, a chat is held by experiments/chat.py.
@@ -265,7 +266,7 @@ def stream_answers(
     yield [row.close() for row in rows]
 
 
-def decode(
+def start_answers(
     model: TinyGPTV, images: Sequence[Image.Image] | Tensor, num_images: Sequence[int],
     prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, official: bool = False,
 ) -> tuple[list[Answer], Iterator[list[str]]]:  # fmt: skip
@@ -294,7 +295,7 @@ def generate(
     prompt and pictures do not fit together or exceed the model's positions.
     """
     number = [len(images)]
-    _, stream = decode(model, images, number, [prompt], sampling, max_new_tokens, official)
+    _, stream = start_answers(model, images, number, [prompt], sampling, max_new_tokens, official)
     for (piece,) in stream:
         if piece:
             yield piece
@@ -306,7 +307,7 @@ def answer(
 ) -> list[str]:  # fmt: skip
     """The answers to a batch of prompts about one picture each; `generate` in all else."""
     number = [1] * len(images)
-    rows, stream = decode(model, images, number, prompts, sampling, max_new_tokens, official)
+    rows, stream = start_answers(model, images, number, prompts, sampling, max_new_tokens, official)
     for _ in stream:
         pass  # the answers remember what they were told
     return [row.shown for row in rows]
@@ -415,8 +416,10 @@ def ask_about(
     images = [load_image(path) for path in paths]
     maps: list[Tensor] = []
     image_embeds = encode_images(model, images, maps if arguments.attn else None)
-    every = [1] * len(images), [prompt] * len(images)
-    rows, stream = decode(model, image_embeds, *every, sampling, arguments.max_new_tokens)
+    number, prompts = [1] * len(images), [prompt] * len(images)
+    rows, stream = start_answers(
+        model, image_embeds, number, prompts, sampling, arguments.max_new_tokens
+    )
     for pieces in stream:
         if total == 1 and not arguments.json:
             print(pieces[0], end="", flush=True)

@@ -174,7 +174,7 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     return Image.composite(hot, faded, mask.point(lambda v: min(255, 1.2 * v)))
 
 
-def grid(tiles: Sequence[tuple[Image.Image, str, float | None]], title: str) -> Image.Image:
+def page_of(tiles: Sequence[tuple[Image.Image, str, float | None]], title: str) -> Image.Image:
     """Pictures of one size in rows; under each its label and, if it has one, a bar and number of
     its share."""
     width, height = tiles[0][0].size
@@ -231,4 +231,4 @@ def draw_attention(
         title = "where each word looks; how much of its attention the picture gets"
     for heat, label, share in zip(heats, labels, shares.tolist()):
         tiles.append((overlay(small, heat), re.sub("</?p>", "", label), share))
-    grid(tiles, title).save(path)
+    page_of(tiles, title).save(path)

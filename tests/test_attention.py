@@ -257,7 +257,7 @@ def test_grid_is_tidy(size):
     colors = [(0, 0, number) for number in range(100, 110)]
     parts = [(Image.new("RGB", size, color), "word" * 50, share)
              for color, share in zip(colors, (None, 0.25, 0.5, *[1.0] * 7))]  # fmt: skip
-    page = pictures.grid(parts, "title")
+    page = pictures.page_of(parts, "title")
     counts = {color: number for number, color in page.getcolors(maxcolors=10**6)}
     if min(size) > 2:  # else nothing is seen but the frame
         assert all(counts[color] == (size[0] - 2) * (size[1] - 2) for color in colors)
@@ -265,5 +265,5 @@ def test_grid_is_tidy(size):
     assert counts[(255, 255, 255)] > 0.3 * page.width * page.height
     right, bottom = page.width - 1, page.height - 1
     assert page.getpixel((right, bottom)) == page.getpixel((right, 0)) == (255, 255, 255)
-    few = pictures.grid(parts[:1], "title" * 30)
+    few = pictures.page_of(parts[:1], "title" * 30)
     assert few.width > 700  # the title decides

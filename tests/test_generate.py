@@ -366,14 +366,14 @@ def says(model, monkeypatch):
     def set_answer(*pieces):
         asked = []
 
-        def decode(model, images, num_images, prompts, *_):
+        def start_answers(model, images, num_images, prompts, *_):
             asked.append(prompts[0])
             rows = [Answer(model.tokenizer, "###") for _ in prompts]
             for row in rows:
                 row.shown = "".join(pieces)
             return rows, iter([piece] * len(prompts) for piece in pieces)
 
-        monkeypatch.setattr(cli, "decode", decode)
+        monkeypatch.setattr(cli, "start_answers", start_answers)
         return asked
 
     return set_answer
