@@ -576,7 +576,8 @@ class RecordDataset(Dataset):
         epoch, place = divmod(position, len(self.records))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
+            draw = np.random.default_rng((self.seed, self.encoding[0], epoch))
+            self._order = draw.permutation(len(self))
         record = self.records[self._order[place]]
         image = load_image(record["image"]) if "image" in record else None
         rng = random.Random(f"{self.seed} {position}")

@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -227,16 +228,20 @@ def batches(
     datasets, ratios, sizes = open_data(config, batch_size, model)
     keys = mixture_batches(ratios, sizes, config.seed, start, rank, world_size)
     pad_id = model.tokenizer.pad_token_id
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a tensor on its way takes two files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loader = DataLoader(
         MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
         collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=leave_the_group,
     )  # fmt: skip
     return iter(loader)
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the workers, too; it is for the process that trains."""
+def leave_the_group(worker: int) -> None:
+    """In a process that makes batches: Ctrl-C, and what else is sent to the whole group, is for the
+    process that trains."""
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -257,7 +262,7 @@ def num_labels(batch: dict) -> int:
 def join_processes(device: str) -> tuple[str, int, int]:
     """Joins the processes that torchrun has started, one a GPU: this one's device, its number
     among them and how many there are. On its own: the device, 0 and 1."""
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -324,8 +329,8 @@ def train_step(
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What may change when a run goes on; all else would make another run of it.
-MAY_CHANGE = ("weights", "data", "resume", "checkpointing", "compile", "save_every", "device",
-              "num_workers")  # fmt: skip
+MAY_CHANGE = ("weights", "data", "out", "resume", "checkpointing", "compile", "save_every",
+              "device", "num_workers")  # fmt: skip
 
 
 def fastest_precision(device: str) -> str:
@@ -393,6 +398,11 @@ def new_optimizer(model: TinyGPTV) -> torch.optim.AdamW:
     return torch.optim.AdamW(optimizer_groups(model, weight_decay=0.05))
 
 
+def new_scaler(config: TrainConfig, device: str) -> torch.amp.GradScaler:
+    """For fp16, whose gradients would be lost to zero; for other types it does nothing."""
+    return torch.amp.GradScaler(device.split(":")[0], enabled=config.precision == "fp16")
+
+
 def save_state(
     config: TrainConfig, world_size: int, step: int, model: TinyGPTV,
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -419,10 +429,11 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
     try:
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"processes": state["world_size"]}
-        before = {key: before[key] for key in now}
+        before = asdict(TrainConfig()) | before  # which may be of a time with fewer fields
     except Exception as error:  # damaged bytes can make a parser raise anything
         reason = first_words(error)
-        raise ValueError(f"{path} is damaged ({reason}); start again without resume=1") from None
+        told = f"{path} is damaged ({reason}); delete {config.out} and start again"
+        raise ValueError(told) from None
     changed = [f"{key}={before[key]}" for key in now
                if key not in MAY_CHANGE and before[key] != now[key]]  # fmt: skip
     if changed:
@@ -452,8 +463,11 @@ def finish(config: TrainConfig) -> None:
     """Leaves what will be used, and a picture of the losses of this run and stages beside it."""
     out = Path(config.out).absolute()
     logs = {out / "log.jsonl", *out.parent.glob("stage[1-4]/log.jsonl")}
-    draw_losses([log.parent for log in sorted(logs)], out / "loss.png")
     (out / "train_state.pt").unlink()
+    try:
+        draw_losses([log.parent for log in sorted(logs)], out / "loss.png")
+    except ValueError as error:  # of another stage's run, perhaps
+        print(f"loss.png was not drawn: {error}", file=sys.stderr)
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
           "--img x.jpg")  # fmt: skip
 
@@ -493,8 +507,7 @@ def train(config: TrainConfig) -> int:
         # find_unused: without a picture the projections have no gradient
         runner = DistributedDataParallel(model, find_unused_parameters=True)
     stream = batches(config, schedule.batch_size, model, start, rank, world_size)
-    optimizer = new_optimizer(model)
-    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=config.precision == "fp16")
+    optimizer, scaler = new_optimizer(model), new_scaler(config, device)
     if config.resume:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -503,9 +516,9 @@ def train(config: TrainConfig) -> int:
     bar = log.begin(start, schedule.steps, model.config.phi.vocab_size)
     with noted_signals() as signals:
         for step in bar:
-            cycle, epoch, in_epoch = schedule.position(step)
-            if epoch == in_epoch == 0:  # every cycle begins with a new one
-                optimizer = new_optimizer(model)
+            _, epoch, in_epoch = schedule.position(step)
+            if epoch == in_epoch == 0:  # every cycle begins with new ones
+                optimizer, scaler = new_optimizer(model), new_scaler(config, device)
             torch.manual_seed(config.seed + step * world_size + rank)  # of this step's dropout
             micro = log.wait_for(stream)
             lr = learning_rate(schedule, epoch, in_epoch)
@@ -559,8 +572,15 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         raise ValueError(f"precision={config.precision}: choose from {', '.join(PRECISIONS)}")
     if config.save_every < 1:
         raise ValueError(f"save_every={config.save_every}: say after how many steps to save")
+    for key in ("steps", "batch_size", "micro_batch_size", "clip", "num_workers", "seed"):
+        if not 0 <= getattr(config, key) < math.inf:
+            raise ValueError(f"{key}={getattr(config, key)}: it has to be 0 or more")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU here; leave it out to use the CPU")
+    try:
+        torch.empty(0, device=config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device={config.device}: {first_words(error)}") from None
     return config
 
 
@@ -578,6 +598,10 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: {last_line(error)}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            told = "a process that makes batches has died, perhaps for lack of memory; with "
+            print(f"train.py: {told}num_workers=0 there are none", file=sys.stderr)
+            return 2
         if not is_out_of_memory(error):
             raise
         told = f"train.py: out of memory ({first_words(error)}). checkpointing=1 and "

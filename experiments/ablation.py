@@ -1,7 +1,7 @@
 """What each of TinyGPT-V's parts is good for: the same four stages without it (paper, table 4).
 
     python experiments/ablation.py                    without LoRA, or one of the norms
-    python experiments/ablation.py study=queries      fewer queries; or projection, bridge,
+    python experiments/ablation.py study=queries      without some of them; or projection, bridge,
                                                       resolution, mixture
     python experiments/ablation.py seeds=1 steps=30,10,10,30 n=20       a try
 
@@ -56,6 +56,7 @@ from experiments.encoded_scenes import (
     pooled_patches,
 )
 from experiments.scores import metrics
+from bridge import naive_attention
 from lora import merge_lora
 from miniature import world
 from miniature.pretrain_language import language_row
@@ -223,8 +224,8 @@ STUDIES = {
         "no RMSNorm": Variant(partial(freeze_norms, names=("post_layernorm",))),
         "no QK-norm": Variant(partial(freeze_norms, names=("q_layernorm", "k_layernorm"))),
     },
-    "queries": {"24 queries": Variant(partial(keep_queries, kept=6)),
-                "16 queries": Variant(partial(keep_queries, kept=4))},
+    "queries": {"without right and bottom": Variant(partial(keep_queries, kept=6)),
+                "without boxes": Variant(partial(keep_queries, kept=4))},
     "projection": {"one linear map": Variant(one_linear_map), "MLP": Variant(mlp_projection)},
     "bridge": {"pooled patches": Variant(look_at_patches, view="patches")},
     "resolution": {"not doubled": Variant(keep_resolution)},
@@ -303,6 +304,8 @@ def gradient(model: TinyGPTV, batch: dict, dtype: torch.dtype) -> tuple[float, T
     and the largest number that one of Phi's linear maps gave."""
     twin = copy.deepcopy(model).eval()
     set_dtype(twin, dtype)
+    for block in twin.phi.layers:  # scores in dtype, as the official code has them
+        block.self_attn.attend = lambda q, k, v, mask, maps: naive_attention(q, k, v, mask)[0]
     largest = torch.zeros(())
 
     def note(module: nn.Module, inputs: tuple, output: Tensor) -> None:

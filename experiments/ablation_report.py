@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.ablation import RESULTS, STUDIES
+from experiments.ablation import BACKBONES, RESULTS, STUDIES, Config
+from experiments.encoded_scenes import fingerprint
 from experiments.run_log import COLORS
 
 # Final losses of the stages with Phi-2 (paper, table 4); "vanish": its word for the gradient's end.
@@ -25,11 +26,13 @@ Runs = dict[str, list[dict]]  # of each variant
 
 
 def read_runs(study: str) -> Runs:
-    """The results of a study, variants as STUDIES has them; those without a run are left out."""
+    """The results of a study with the shipped weights, variants as STUDIES has them; those without
+    a run are left out."""
     runs: Runs = {name: [] for name in STUDIES[study]}
     for path in sorted((RESULTS / study).glob("*.json")):
         run = json.loads(path.read_text("utf-8"))
-        runs[run["variant"]].append(run)
+        if run["weights"] == fingerprint(Config.weights, BACKBONES):
+            runs[run["variant"]].append(run)
     return {name: found for name, found in runs.items() if found}
 
 

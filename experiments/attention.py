@@ -78,6 +78,8 @@ def word_looks(
 ) -> Iterator[Look]:  # fmt: skip
     """The looks of some words, as they are drawn and by other choices of Phi's layers. attention:
     of `answer_attention`; looks (num_queries, grid, grid); targets: places and boxes."""
+    if not words:  # an empty answer
+        return
     by_layer = attention.mean(dim=1)  # (num_layers, num_tokens, num_queries)
     choices = {"as drawn": token_weights(attention), "plain mean": by_layer.mean(dim=0)}
     choices |= {f"layer {layer}": weights for layer, weights in enumerate(by_layer)}
@@ -125,7 +127,8 @@ def measure(model: TinyGPTV, n: int, seed: int) -> dict:
         for name, heat, box in scene_looks(model, scenes):
             parts.setdefault(name, []).append(inside(heat, box))
     *_, last = (name for name in parts if name.startswith("queries"))
-    kinds = {"caption": "caption as drawn", "refer": "refer as drawn", "queries": last[:15]}
+    kinds = {"caption": "caption as drawn", "refer": "refer as drawn",
+             "queries": last.split(",")[0] + ","}  # fmt: skip
     return {
         "n": n, "seed": seed,
         **{kind: summary(parts, beginning) for kind, beginning in kinds.items()},

@@ -73,8 +73,9 @@ def open_pool(model: TinyGPTV, weights: str, scenes: int, folder: str) -> Path:
     name = f"scenes-{scenes}-{fingerprint(weights, ('vision', 'qformer'))}.pt"
     path = Path(folder or tempfile.gettempdir()) / name
     if not path.exists():
+        pool = encode_scenes(model, scenes)
         with replace_file(path) as temporary:
-            torch.save(encode_scenes(model, scenes), temporary)
+            torch.save(pool, temporary)
     return path
 
 

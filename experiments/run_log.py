@@ -39,13 +39,14 @@ class RunLog:
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.jsonl", "a+", encoding="utf-8")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of this process alone: flock's would live on in the processes that make batches.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another training is writing to {out}; say out=...") from None
         if not resume and (self.file.tell() or (out / "model.safetensors").exists()):
+            way = "go on with it by resume=1, " * (out / "train_state.pt").exists()
             raise ValueError(
-                f"{out} holds a run already: go on with it by resume=1, say out=... for another "
-                "folder, or delete it"
+                f"{out} holds a run already: {way}say out=... for another folder, or delete it"
             )
 
     def tell(self, text: str) -> None:
@@ -55,23 +56,27 @@ class RunLog:
     def begin(self, start: int, steps: int, vocab_size: int) -> tqdm:
         """A bar over the steps from `start` on. What was logged past it, before a run was stopped
         by force, is done again and therefore forgotten."""
-        self.began = self.last = time.time()
+        self.began = self.last = time.perf_counter()
         self.chance, self.seconds_before = math.log(vocab_size), 0.0
         if self.file:
-            self.file.seek(0)
-            kept = self.file.readlines()[:start]
-            self.file.truncate(0)
-            self.file.writelines(kept)
-            if kept:
-                self.seconds_before = json.loads(kept[-1])["seconds"]
+            end = self.file.seek(0)
+            while line := self.file.readline():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # torn by a power failure
+                    break
+                if record["step"] > start:
+                    break
+                end, self.seconds_before = self.file.tell(), record["seconds"]
+            self.file.truncate(end)
         done = {"initial": start, "total": steps}
         return tqdm(range(start, steps), desc=str(self.out), disable=self.quiet, **done)
 
     def wait_for(self, stream: Iterator[list[dict]]) -> list[dict]:
         """The next step's batches; the time that they keep the model waiting is counted."""
-        began = time.time()
+        began = time.perf_counter()
         batches = next(stream)
-        self.waited += time.time() - began
+        self.waited += time.perf_counter() - began
         for batch in batches:
             for reason in batch["skipped"]:
                 tqdm.write(f"skipped: {reason}", file=sys.stderr)
@@ -83,7 +88,7 @@ class RunLog:
         """A line of log.jsonl. counts: samples, tokens, truncated answers and skipped records of
         the step, over all processes. Raises ValueError where going on makes no sense."""
         samples, tokens, truncated, skipped = map(int, counts)
-        now = time.time()
+        now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.samples, self.truncated = self.samples + samples, self.truncated + truncated
         self.skipped += skipped
@@ -121,7 +126,7 @@ class RunLog:
             )
 
     def closing_words(self, steps: int) -> str:
-        seconds = time.time() - self.began
+        seconds = time.perf_counter() - self.began
         words = f"{steps} steps in {seconds:.0f} s"
         words += f", {self.waited / seconds:.0%} of it waiting for data"
         if self.truncated:

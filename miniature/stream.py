@@ -25,7 +25,8 @@ SEEDS_PER_TASK = 10**7
 
 
 class WorldDataset(Dataset):
-    """Rows of one task. The scene and its wording depend on (stage, task, seed, position) alone."""
+    """Rows of one task. The scene depends on (stage, task, position) alone, its wording on the
+    seed, too."""
 
     def __init__(
         self, task: str, stage: int, tokenizer: Tokenizer, image_size: int, num_queries: int,

@@ -57,7 +57,7 @@ class ShardDataset(Dataset):
 
     def _row(self, position: int) -> dict:
         visit, place = divmod(position, self.visit)
-        draw = np.random.default_rng((self.seed, visit))
+        draw = np.random.default_rng((self.seed, self.encoding[0], visit))
         shard = self.shards[draw.integers(len(self.shards))]
         try:
             pairs = read_index(shard)

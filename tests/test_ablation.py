@@ -14,7 +14,13 @@ from PIL import Image
 from data import collate, encode_record
 from experiments import ablation, ablation_report
 from experiments.ablation import FrozenNorm, Variant, freeze_norms, text_embeds
-from experiments.encoded_scenes import FIRST_SCENE, PoolDataset, encode_scenes, on_queries
+from experiments.encoded_scenes import (
+    FIRST_SCENE,
+    PoolDataset,
+    encode_scenes,
+    fingerprint,
+    on_queries,
+)
 from miniature import stream, world
 from model import Phi, TinyGPTV
 from train import enter_stage, new_optimizer, set_trainable, to_device, train_step
@@ -173,7 +179,9 @@ def test_one_linear_map_begins_as_the_two(model):
     assert len(list(model.projector.parameters())) == 2
 
 
-@pytest.mark.parametrize("name, seen", [("24 queries", 24), ("MLP", 32), ("pooled patches", 32)])
+@pytest.mark.parametrize("name, seen", [
+    ("without right and bottom", 24), ("MLP", 32), ("pooled patches", 32),
+])  # fmt: skip
 def test_other_bridges_learn_and_answer(name, seen, model, pool):
     """From the pool what pixels would give, through the parts that evaluation uses."""
     variant = VARIANTS[name]
@@ -214,6 +222,9 @@ def test_fp16_loses_what_is_too_small_or_too_large(model, pool):
     large.phi.layers[3].mlp.fc1.weight.data *= 1e4
     overflown = ablation.in_fp16(large, [batch])
     assert overflown["fp16_bad"] == 1 and overflown["fp16_lost"] is None
+    scores = copy.deepcopy(model)  # which the norm of q and k keeps small
+    scores.phi.layers[3].self_attn.k_layernorm.weight.data *= 1e4
+    assert ablation.in_fp16(scores, [batch])["fp16_bad"] == 1
     model.phi.final_layernorm.weight.data *= 1e-6
     assert ablation.in_fp16(model, [batch])["fp16_lost"] > 0.5
 
@@ -256,7 +267,9 @@ def fake_result(folder: Path, study: str, name: str, seed: int, loss: float | No
     stages = {str(5 - times): {"loss": loss and times * loss} | about for times in (4, 3, 2, 1)}
     scores = {key: 0.1 * seed + 0.5 for key in ("caption_f1", "refer_iou50", "identify",
                                                 "detection_f1", "grounding_f1")}  # fmt: skip
-    result = {"variant": name, "stages": stages, "vqa": {"color": 1.0, "mean": 0.9}} | scores
+    weights = fingerprint(ablation.Config.weights, ablation.BACKBONES)
+    result = {"variant": name, "weights": weights, "stages": stages,
+              "vqa": {"color": 1.0, "mean": 0.9}} | scores  # fmt: skip
     path = folder / study / f"{name}-{seed}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result))

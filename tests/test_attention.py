@@ -198,8 +198,8 @@ def run(capsys, miniature, monkeypatch):
 
 def tiles(monkeypatch):
     """What goes into the grids that are drawn from now on."""
-    drawn, original = [], pictures.grid
-    monkeypatch.setattr(pictures, "grid",
+    drawn, original = [], pictures.page_of
+    monkeypatch.setattr(pictures, "page_of",
                         lambda tiles, title: drawn.append(tiles) or original(tiles, title))
     return drawn
 

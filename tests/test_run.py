@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,9 +201,30 @@ def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, capsys):
     (tmp_path / "run/train_state.pt").write_bytes(b"PK\x03\x04")
     assert run(tmp_path / "run", "steps=4", "resume=1") == 2
     assert "train_state.pt is damaged" in capsys.readouterr().err
-    first = run_log.RunLog(tmp_path / "shared", resume=False, quiet=False)
-    assert run(tmp_path / "shared", "steps=6") == 2 and first.file
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, capsys):
+    """The lock is another process's: this one could take its own twice."""
+    hold = ("import fcntl, sys, time; file = open(sys.argv[1], 'a'); "
+            "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)")
+    arguments = [sys.executable, "-c", hold, str(tmp_path / "log.jsonl")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert run(tmp_path, "steps=6") == 2
+        holder.kill()
     assert "another training is writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start, last", [(2, ""), (5, '{"step": 4, "lo')])
+def test_a_log_is_kept_up_to_the_last_save(tmp_path: Path, start: int, last: str):
+    """Whole lines of steps that will not be done again; at once, not with the next step's line."""
+    lines = [json.dumps({"step": step, "seconds": 10.0 * step}) + "\n" for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("".join([*lines, last]))
+    log = run_log.RunLog(tmp_path, resume=True, quiet=False)
+    log.begin(start, 6, 832).close()
+    kept = lines[:start]
+    assert (tmp_path / "log.jsonl").read_text() == "".join(kept)
+    assert log.seconds_before == 10.0 * len(kept)
 
 
 def test_what_another_model_has_learned_is_refused(model):
@@ -359,3 +381,28 @@ def test_logs_of_something_else_are_named(tmp_path: Path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": null}\n')
     with pytest.raises(ValueError, match="no run has a finite loss"):
         run_log.draw_losses([tmp_path], tmp_path / "loss.png")
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_ends_the_step_and_saves(tmp_path: Path):
+    """As torchrun and timeout send it: the processes that make batches get it, too."""
+    arguments = command(tmp_path / "run", "steps=500", "num_workers=2")
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT,
+                               start_new_session=True)  # fmt: skip
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
+    assert state["step"] == log.read_text().count("\n") >= 3
+
+
+@pytest.mark.parametrize("option, reason", [
+    ("clip=-1", "0 or more"), ("clip=nan", "0 or more"), ("micro_batch_size=-1", "0 or more"),
+    ("device=gpu", "device=gpu"),
+])  # fmt: skip
+def test_numbers_that_no_run_can_have(tmp_path: Path, capsys, option, reason):
+    assert run(tmp_path, "steps=1", option) == 2
+    assert reason in capsys.readouterr().err
