@@ -461,7 +461,7 @@ class TinyGPTV(nn.Module):
         tensor, unless every tensor is there, has its shape, is finite, and none is left over.
         """
         # here, because that module is built on this one
-        from official.checkpoints import collected, open_pretrained, open_quantized, release
+        from official.checkpoints import collected, open_pretrained, open_quantized, release_all
 
         directory = Path(directory)
         if int8:
@@ -473,6 +473,6 @@ class TinyGPTV(nn.Module):
         model.to(device).eval()
         if model.config.int8 and pack and device == "cpu" and has_int8_unit():
             file = None if int8 else model.backbones / "model.safetensors"
-            pack_phi(model.phi, partial(release, file))
-            pack_vision(model.visual_encoder, partial(release, file))
+            pack_phi(model.phi, partial(release_all, file))
+            pack_vision(model.visual_encoder, partial(release_all, file))
         return model

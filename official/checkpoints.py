@@ -113,24 +113,29 @@ def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
 
 
-def release(path: Path | None) -> None:
-    """Gives back memory that is no longer needed: what the C library keeps of freed tensors, and
-    what was read of a mapped file, whose pages count as this process's. (They stay in the system's
-    cache. What was written to the mapped tensors would be lost.) For Linux; elsewhere nothing
-    happens, and a process holds more than it needs."""
+def release(path: Path) -> None:
+    """Gives back what was read of a mapped file, whose pages count as this process's memory. (They
+    stay in the system's cache. What was written to the mapped tensors would be lost.) For Linux;
+    elsewhere nothing happens, and a process seems to hold more than it needs."""
     if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc has it, others do without
-        library.malloc_trim(0)
-    if path is None:
         return
     ending = f" {path.resolve()}"
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(ending):
             start, end = (int(address, 16) for address in line.split()[0].split("-"))
             span = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-            library.madvise(*span, mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(*span, mmap.MADV_DONTNEED)
+
+
+def release_all(path: Path | None) -> None:
+    """`release`, and gives back what the C library keeps of freed tensors (half a gigabyte while
+    weights are packed; while they are loaded it would only be asked for again)."""
+    if path is not None:
+        release(path)
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):  # glibc has it, others do without
+            library.malloc_trim(0)
 
 
 # ---- directories ----
