@@ -341,6 +341,9 @@ def _is_like(value: object, example: object, words: Callable[[str], str]) -> boo
     return type(value) in (int, float) and abs(value) < 1e9
 
 
+LONGEST_LINE = 2**24  # bytes; a file without lines must not be read as one
+
+
 class RecordFile(Sequence):
     """Records of a JSON Lines file, each read when it is asked for: some files have millions."""
 
@@ -355,9 +358,6 @@ class RecordFile(Sequence):
             file.seek(self.starts[n])  # checked again: the file may have changed since
             line = file.readline(LONGEST_LINE)
         return _read_record(line, str(self.path), self.path.parent, set())
-
-
-LONGEST_LINE = 2**24  # bytes; a file without lines must not be read as one
 
 
 def read_records(path: str | Path) -> RecordFile:

@@ -109,10 +109,12 @@ class StreamDecoder:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        """The characters that one more token completes; the end token has none."""
         is_end = token_id == self.tokenizer.eos_token_id
         return "" if is_end else self.utf8.decode(self.tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
+        """What is left at the end: "" or U+FFFD for an unfinished character."""
         return self.utf8.decode(b"", final=True)
 
 
@@ -329,6 +331,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Raises ValueError for what is no option, and names the nearest one."""
     parser = Parser(description="Ask TinyGPT-V about a picture.", allow_abbrev=False)
     add = parser.add_argument
     add("--img", type=Path, required=True, nargs="+", metavar="FILE", help="a picture, or several")

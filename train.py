@@ -220,6 +220,14 @@ def micro_batches(rows: list[dict], size: int, pad_id: int) -> list[dict]:
     return [collate(rows[n : n + size], pad_id) for n in range(0, len(rows), size)]
 
 
+def allow_open_files(wanted: int) -> None:
+    """So many, or as many as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def batches(
     config: TrainConfig, batch_size: int, model: TinyGPTV, start: int, rank: int, world_size: int
 ) -> Iterator[list[dict]]:
@@ -228,8 +236,7 @@ def batches(
     datasets, ratios, sizes = open_data(config, batch_size, model)
     keys = mixture_batches(ratios, sizes, config.seed, start, rank, world_size)
     pad_id = model.tokenizer.pad_token_id
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a tensor on its way takes two files
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_open_files(8192)  # a tensor on its way takes two
     loader = DataLoader(
         MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
         collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),

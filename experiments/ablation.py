@@ -32,7 +32,7 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -343,14 +343,9 @@ def in_fp16(model: TinyGPTV, batches: list[dict]) -> dict:
 def world_metrics(model: TinyGPTV, n: int) -> dict:
     """What evaluate.py would say of the model, from pixels on."""
     model.eval()
-    hits: Counter[str] = Counter()
-    chances: Counter[str] = Counter()
     settings = evaluate.Config(bench="world", n=n)
-    for group in evaluate.groups_of(100, evaluate.world_pictures(n, settings.seed, "test")):
-        for name, hit, chance in evaluate.score_pictures(model, group, settings):
-            hits[name] += hit
-            chances[name] += chance
-    return metrics(hits, chances)
+    pictures = evaluate.world_pictures(n, settings.seed, "test")
+    return metrics(*evaluate.score_all(model, pictures, settings, n))
 
 
 def result_path(config: Config, name: str, seed: int) -> Path:

@@ -5,7 +5,6 @@
 Questions of every task and kind about test scenes, greedy decoding, whole answers compared.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import evaluate
+from experiments.report import report
 from model import TinyGPTV
-from train import key_values
 
 RESULT = ROOT / "experiments" / "results" / "agreement.json"
 QUESTIONS_A_SCENE = 10  # at least
@@ -29,6 +28,7 @@ class Config:
 
 
 def compare(config: Config) -> dict:
+    """What `main` prints: the share of questions with the very same answer."""
     pictures = list(evaluate.world_pictures(config.n // QUESTIONS_A_SCENE, config.seed, "test"))
     weights, settings = evaluate.Config.weights, evaluate.Config()
     whole, int8 = (
@@ -45,14 +45,7 @@ def compare(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        result = compare(Config(**key_values(arguments, Config)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
-    return 0
+    return report(arguments, Config, compare, RESULT)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ made 8i to 8i + 7 tell of object i from the left. Which part of the heat lies in
 By chance it is the box's part of the picture.
 """
 
-import json
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,12 +23,12 @@ sys.path.insert(0, str(ROOT))
 from data import inference_prompt
 from experiments.evaluate import FIRST_SCENE, SCENES_PER_SEED, WORLD_SIZE, groups_of
 from experiments.pictures import Word, answer_attention, query_looks, token_weights, word_heat
+from experiments.report import report
 from experiments.scores import OBJECT
 from generate import answer, encode_images
 from miniature import world
 from miniature.draw import Scene
 from model import TinyGPTV
-from train import key_values
 
 RESULT = ROOT / "experiments" / "results" / "attention.json"
 SLOT = 8  # queries an object: size, color, fill, shape, and the four sides of its box
@@ -118,11 +117,12 @@ def summary(parts: dict[str, list[Tensor]], beginning: str) -> dict:
     return {"looks": len(rows), "share": share, "hottest": hottest, "chance": chance}
 
 
-def measure(model: TinyGPTV, n: int, seed: int) -> dict:
-    """What `main` prints, of n test scenes."""
-    first = FIRST_SCENE + seed * SCENES_PER_SEED
+def measure(config: Config) -> dict:
+    """What `main` prints."""
+    model = TinyGPTV.from_pretrained(ROOT / "miniature" / "weights")
+    first = FIRST_SCENE + config.seed * SCENES_PER_SEED
     parts: dict[str, list[Tensor]] = {}
-    for numbers in groups_of(20, range(first, first + n)):
+    for numbers in groups_of(20, range(first, first + config.n)):
         scenes = [world.sample_scene(number, "test") for number in numbers]
         for name, heat, box in scene_looks(model, scenes):
             parts.setdefault(name, []).append(inside(heat, box))
@@ -130,23 +130,14 @@ def measure(model: TinyGPTV, n: int, seed: int) -> dict:
     kinds = {"caption": "caption as drawn", "refer": "refer as drawn",
              "queries": last.split(",")[0] + ","}  # fmt: skip
     return {
-        "n": n, "seed": seed,
+        "n": config.n, "seed": config.seed,
         **{kind: summary(parts, beginning) for kind, beginning in kinds.items()},
         "share_by_choice": {name: summary(parts, name)["share"] for name in parts},
     }  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        config = Config(**key_values(arguments, Config))
-        result = measure(TinyGPTV.from_pretrained(ROOT / "miniature" / "weights"),
-                         config.n, config.seed)  # fmt: skip
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
-    return 0
+    return report(arguments, Config, measure, RESULT)
 
 
 if __name__ == "__main__":

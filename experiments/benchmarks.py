@@ -74,6 +74,7 @@ Entries = Iterator[tuple[Path, str, Any]]  # picture, text, truth
 
 
 def gqa(data: Path, split: str) -> Entries:
+    """testdev_balanced, as the official script prepares it."""
     path = find(data, "testdev_balanced_questions.json")
     images = find(path.parent, "gqa_images", "images")
     for entry in read_list(path):
@@ -89,6 +90,7 @@ def vsr(data: Path, split: str) -> Entries:
 
 
 def iconqa(data: Path, split: str) -> Entries:
+    """The questions whose choices are texts, of the validation set."""
     path = find(data, "choose_text_val.json")
     images = find(path.parent, "iconvqa_images", "val/choose_txt")
     for entry in read_list(path):
@@ -98,6 +100,7 @@ def iconqa(data: Path, split: str) -> Entries:
 
 
 def vizwiz(data: Path, split: str) -> Entries:
+    """The validation set, ten answers a question."""
     path = find(data, "vizwiz*/val.json", "val.json")
     images = find(path.parent, "vizwiz_images", "val")
     for entry in read_list(path):
@@ -106,6 +109,7 @@ def vizwiz(data: Path, split: str) -> Entries:
 
 
 def hateful_memes(data: Path, split: str) -> Entries:
+    """The development set; the text is what the meme says."""
     path = find(data, "hateful_meme*/dev.jsonl", "dev.jsonl")
     images = find(path.parent, "img").parent  # which the names of the pictures begin with
     for entry in read_lines(path):
@@ -113,6 +117,7 @@ def hateful_memes(data: Path, split: str) -> Entries:
 
 
 def okvqa(data: Path, split: str) -> Entries:
+    """The official list of questions, answers of OK-VQA's annotations, COCO's pictures."""
     folders = find(data, "train2017"), find(data, "val2017")
     annotations = read_json(find(data, "mscoco_val2014_annotations_clean.json"))["annotations"]
     truths = {entry["question_id"]: [given["answer"] for given in entry["answers"]]

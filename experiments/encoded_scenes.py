@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import STAGES, Tokenizer, encode_sample, make_sample, preprocess
 from miniature import world
-from miniature.stream import conversation
+from miniature.stream import record_about
 from model import TinyGPTV, autocast
 from official.checkpoints import replace_file
 
@@ -96,10 +96,7 @@ class PoolDataset(Dataset):
         rng = random.Random(f"{self.seed} {self.task} {self.stage} {position}")
         number, size = rng.randrange(len(self.vectors)), self.image_size
         scene = world.sample_scene(FIRST_SCENE + number, "train")
-        if self.task == "chat":
-            record = conversation(scene, rng, size)
-        else:
-            record = world.sample_record(scene, rng, self.task, size)
+        record = record_about(scene, rng, self.task, size)
         turns = make_sample(record, self.stage, rng, (size, size))
         _, end_sym, max_txt_len = STAGES[self.stage]
         row = encode_sample(turns, self.tokenizer, 1, self.num_queries, max_txt_len, end_sym)

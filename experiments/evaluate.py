@@ -10,7 +10,7 @@ Read it from the leaves to the root:
 
     world_pictures, file_pictures    pictures with their records
     ask                              each picture is encoded once for all of its questions
-    score_pictures, evaluate         answers are counted by experiments/scores.py
+    score_all, evaluate              answers are counted by experiments/scores.py
     main                             its last line is JSON, which is kept in experiments/results/
 
 Prompts are worded as generate.py words them, answers are greedy. Stages 1 to 3 know one request,
@@ -154,6 +154,21 @@ def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> 
         yield from score(record, answer, size)
 
 
+def score_all(
+    model: TinyGPTV, pictures: Iterable[Picture], config: Config, total: int
+) -> tuple[Counter[str], Counter[str]]:
+    """Hits and chances of every count, of `total` pictures."""
+    hits: Counter[str] = Counter()
+    chances: Counter[str] = Counter()
+    with tqdm(total=total, desc="pictures") as bar:
+        for group in groups_of(4 * config.batch_size, pictures):
+            for name, hit, chance in score_pictures(model, group, config):
+                hits[name] += hit
+                chances[name] += chance
+            bar.update(len(group))
+    return hits, chances
+
+
 # ---- all of them ----
 def evaluate(config: Config) -> dict:
     """What `main` prints. Raises ValueError or OSError for what the user can have got wrong."""
@@ -175,14 +190,7 @@ def evaluate(config: Config) -> dict:
         about |= {"data": Path(config.data).name, "n": len({record["image"] for record in asked}),
                   "not_asked": dict(+left_out)}  # fmt: skip
         pictures = file_pictures(asked)
-    hits: Counter[str] = Counter()
-    chances: Counter[str] = Counter()
-    bar = tqdm(total=about["n"], desc="pictures")
-    for group in groups_of(4 * config.batch_size, pictures):
-        for name, hit, chance in score_pictures(model, group, config):
-            hits[name] += hit
-            chances[name] += chance
-        bar.update(len(group))
+    hits, chances = score_all(model, pictures, config, about["n"])
     asked_by_task = {task: chances[f"cut {task}"] for task in TASKS if f"cut {task}" in chances}
     return about | metrics(hits, chances) | {
         "questions": asked_by_task,

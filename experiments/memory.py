@@ -13,7 +13,6 @@ that it ever was. The bf16 run comes first and leaves the files in the system's 
 quantize.py itself is measured.
 """
 
-import json
 import multiprocessing
 import os
 import re
@@ -29,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from data import inference_prompt, load_image
 from experiments import training_memory
+from experiments.report import report
 from generate import generate
 from model import TinyGPTV
-from train import key_values
 
 RESULT = ROOT / "experiments" / "results" / "memory.json"
 NEW_TOKENS = 33
@@ -91,14 +90,7 @@ def main(arguments: list[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if not given.get("weights") and given.get("int8", "") in ("", "0", "1"):  # no folder
         return training_memory.main(arguments)
-    try:
-        result = measured(Config(**key_values(arguments, Config)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
-    return 0
+    return report(arguments, Config, measured, RESULT)
 
 
 if __name__ == "__main__":

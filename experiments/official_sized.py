@@ -30,9 +30,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.report import report
 from generate import DTYPES
 from model import ModelConfig, TinyGPTV, set_dtype
-from train import key_values
 
 GOLDEN = ROOT / "tests" / "golden"
 RESULT = ROOT / "experiments" / "results" / "official_sized.json"
@@ -197,14 +197,7 @@ def measure_all(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        result = measure_all(Config(**key_values(arguments, Config)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
-    return 0
+    return report(arguments, Config, measure_all, RESULT)
 
 
 if __name__ == "__main__":

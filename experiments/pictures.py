@@ -2,7 +2,7 @@
 
     labelled_boxes, draw_boxes     boxes
     answer_attention, word_heat    where in the picture the words of an answer look
-    overlay, grid                  heat over the picture; many of them, with labels
+    overlay, page_of               heat over the picture; many of them, with labels
     draw_attention                 the picture of --attn
 
 Two looks lie between a word and the picture: Phi's token that predicts the word looks at the places

@@ -112,6 +112,7 @@ class RunLog:
         self.check(step, loss, grad_norm)
 
     def check(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raises ValueError after MAX_BAD_STEPS in a row, or if too many records are bad."""
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise ValueError(
                 f"step {step}: no finite loss or gradient in {MAX_BAD_STEPS} steps in a row (loss "
@@ -126,6 +127,7 @@ class RunLog:
             )
 
     def closing_words(self, steps: int) -> str:
+        """How long the run took, and all that it cut, skipped or left out."""
         seconds = time.perf_counter() - self.began
         words = f"{steps} steps in {seconds:.0f} s"
         words += f", {self.waited / seconds:.0%} of it waiting for data"

@@ -183,6 +183,7 @@ def decoding(turn: Callable[[], dict], num_bytes: int, probe: Tensor) -> dict[st
 
 
 def measure(config: Config) -> dict:
+    """All variants of the model at full size, taking turns; random weights."""
     bf16 = random_model(config.layers)
     int8 = int8_copy(bf16)
     packed = packed_copy(int8)

@@ -41,11 +41,15 @@ class WorldDataset(Dataset):
         scene = world.sample_scene(self.first + position, "train")
         rng = random.Random(f"{self.seed} {self.task} {self.stage} {position}")
         size = self.encoding[2]
-        if self.task == "chat":
-            record = conversation(scene, rng, size)
-        else:
-            record = world.sample_record(scene, rng, self.task, size)
+        record = record_about(scene, rng, self.task, size)
         return encode_record(record, world.render(scene, size), rng, *self.encoding)
+
+
+def record_about(scene: world.Scene, rng: random.Random, task: str, size: int) -> dict:
+    """A record of a task of RATIOS about a scene."""
+    if task == "chat":
+        return conversation(scene, rng, size)
+    return world.sample_record(scene, rng, task, size)
 
 
 def conversation(scene: world.Scene, rng: random.Random, size: int) -> dict:

@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 
 from model import ModelConfig, TinyGPTV
 from official.checkpoints import save_checkpoint
-from test_model import full_config, randomized, write_tokenizer
+from test_model import full_config, randomized, write_backbones
 
 DIGITS = b"0123456789"
 KINDS = "flip flip byte byte digit digit digit cut out insert double swap".split()
@@ -55,12 +54,7 @@ def small_config(stage: int) -> ModelConfig:
 def write_weights(folder: Path, stage: int = 4) -> TinyGPTV:
     """Backbones, tokenizer and one checkpoint; the model with the same random weights."""
     model = randomized(TinyGPTV(small_config(stage)))
-    state = {n: t for n, t in model.state_dict().items() if ".lora_" not in n}
-    for file, prefix in (("vision", "visual_encoder."), ("qformer", "qformer."), ("phi", "phi.")):
-        part = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        save_file(part, folder / f"{file}.safetensors")
-    write_tokenizer(folder)
-    model.backbones = folder
+    write_backbones(model, folder)
     save_checkpoint(model, folder / f"stage{stage}")
     return TinyGPTV.from_pretrained(folder)
 

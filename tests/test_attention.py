@@ -173,9 +173,9 @@ def test_named_words_are_those_of_objects_that_are_there():
     assert list(measured.named(words, scene)) == expected
 
 
-def test_words_and_queries_look_at_their_objects(miniature):
+def test_words_and_queries_look_at_their_objects():
     """The figures of experiments/attention.py on fewer scenes; chance would be equal shares."""
-    result = measured.measure(miniature, n=6, seed=4)
+    result = measured.measure(measured.Config(n=6, seed=4))
     for kind, times in (("caption", 3), ("refer", 3), ("queries", 5)):
         part = result[kind]
         assert part["share"] > times * part["chance"] and part["hottest"] > 0.5, (kind, part)

@@ -217,16 +217,21 @@ def write_tokenizer(folder):
     (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
 
 
+def write_backbones(model, folder):
+    """What a weights directory holds before any stage."""
+    state = {n: t for n, t in model.state_dict().items() if ".lora_" not in n}
+    for file, prefix in (("vision", "visual_encoder."), ("qformer", "qformer."), ("phi", "phi.")):
+        part = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        save_file(part, folder / f"{file}.safetensors")
+    write_tokenizer(folder)
+    model.backbones = folder
+
+
 @pytest.fixture
 def weights(tmp_path):
     """A weights directory with backbones and stage2, and the model that was saved there."""
     model = randomized(TinyGPTV(full_config(stage=2)))
-    state = {n: t for n, t in model.state_dict().items() if ".lora_" not in n}
-    for file, prefix in (("vision", "visual_encoder."), ("qformer", "qformer."), ("phi", "phi.")):
-        part = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        save_file(part, tmp_path / f"{file}.safetensors")
-    write_tokenizer(tmp_path)
-    model.backbones = tmp_path
+    write_backbones(model, tmp_path)
     set_trainable(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
