@@ -214,7 +214,8 @@ class LanguageScenes(IterableDataset):
 
     The first `first` batches have FIRST_TASKS only, and up to batch `easy` there are at most two
     objects and exact boxes: to tell two apart is learned before four, to copy before to compare.
-    Every other row, by chance, shows the hardest of four scenes (see left_edge_gap).
+    Every other row, by chance, shows the hardest of eight scenes (see left_edge_gap) that has as
+    many objects as the first: if hard scenes had more objects than others, so would answers.
     """
 
     def __init__(self, tokenizer: Tokenizer, batch_size: int, first: int, easy: int):
@@ -223,16 +224,19 @@ class LanguageScenes(IterableDataset):
 
     def __iter__(self):
         for number in itertools.count():
-            start = 10**8 + 4 * number * self.batch_size
-            seeds = range(start, start + 4 * self.batch_size, 4)
+            start = 10**8 + 8 * number * self.batch_size
+            seeds = range(start, start + 8 * self.batch_size, 8)
             rows = [self.row(seed, number) for seed in seeds]
             yield language_batch(rows, self.tokenizer)
 
     def row(self, seed: int, number: int) -> dict:
         most = 2 if number < self.easy else world.MAX_OBJECTS
         rng = random.Random(seed)
-        drawn = [world.sample_scene(seed + n, "train", most) for n in range(rng.choice((1, 4)))]
-        scene = min(drawn, key=left_edge_gap)
+        drawn = [world.sample_scene(seed + n, "train", most) for n in range(rng.choice((1, 8)))]
+        scene = min(
+            (scene for scene in drawn if len(scene.objects) == len(drawn[0].objects)),
+            key=left_edge_gap,
+        )
         weights = FIRST_TASKS if number < self.first else LATER_TASKS
         stage = 4 if number < self.first else rng.choices((1, 3, 4), (1, 1, 10))[0]
         if stage == 4:
