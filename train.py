@@ -20,7 +20,6 @@ A run can be stopped at any moment, by Ctrl-C or by force, and goes on with resu
 had happened: what a step does depends on the weights, the optimizer and the step's number alone.
 """
 
-import difflib
 import itertools
 import math
 import os
@@ -31,7 +30,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, RecordDataset, collate, printable, read_folder, read_records
+from experiments.command_line import key_values
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
@@ -546,24 +546,6 @@ def train(config: TrainConfig) -> int:
 
 
 # ---- the command line ----
-
-
-def key_values(arguments: list[str], config_class: type) -> dict:
-    """key=value pairs as values for the fields of a config, each of its field's type. Raises
-    ValueError for what no field takes."""
-    types = {field.name: field.type for field in fields(config_class)}
-    given = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in types or not equals:
-            near = difflib.get_close_matches(key.lstrip("-"), types, 1, 0.0)[0]
-            raise ValueError(f"{argument}: no such option; did you mean {near}=...?")
-        try:
-            given[key] = {"1": True, "0": False}[value] if types[key] is bool else types[key](value)
-        except (ValueError, KeyError):
-            kind = "1 or 0" if types[key] is bool else f"of type {types[key].__name__}"
-            raise ValueError(f"{argument}: {value!r} is not {kind}") from None
-    return given
 
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:

@@ -45,8 +45,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bridge import naive_attention
 from data import make_sample
 from experiments import evaluate
+from experiments.command_line import key_values
 from experiments.encoded_scenes import (
     Pool,
     PoolDataset,
@@ -56,7 +58,6 @@ from experiments.encoded_scenes import (
     pooled_patches,
 )
 from experiments.scores import metrics
-from bridge import naive_attention
 from lora import merge_lora
 from miniature import world
 from miniature.pretrain_language import language_row
@@ -70,7 +71,6 @@ from train import (
     TrainConfig,
     enter_stage,
     fastest_precision,
-    key_values,
     learning_rate,
     micro_batches,
     mixture_batches,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import evaluate
-from experiments.report import report
+from experiments.command_line import report
 from model import TinyGPTV
 
 RESULT = ROOT / "experiments" / "results" / "agreement.json"

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from data import inference_prompt
 from experiments.evaluate import FIRST_SCENE, SCENES_PER_SEED, WORLD_SIZE, groups_of
 from experiments.pictures import Word, answer_attention, query_looks, token_weights, word_heat
-from experiments.report import report
+from experiments.command_line import report
 from experiments.scores import OBJECT
 from generate import answer, encode_images
 from miniature import world

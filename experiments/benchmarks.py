@@ -36,10 +36,10 @@ from tqdm import tqdm
 from data import POOLS, STAGES, caption_text, encode_sample, load_image, user_turn
 from experiments.bench_scores import Scores, score_box, score_choice, score_label
 from experiments.bench_scores import score_okvqa, score_vizwiz, score_yes_no
+from experiments.command_line import key_values
 from generate import answer, encode_images
 from model import TinyGPTV, autocast
 from official.convert import COCO, find, read_json, read_list, read_references
-from train import key_values
 
 WEIGHTS = str(Path(__file__).resolve().parent.parent / "miniature" / "weights")
 MAX_NEW_TOKENS = 20

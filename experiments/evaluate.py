@@ -37,11 +37,11 @@ sys.path.insert(0, str(ROOT))
 
 from data import STAGES, format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
+from experiments.command_line import key_values
 from experiments.scores import Count, metrics, score
 from generate import Answer, encode_images, prepare, push_answers
 from miniature import world
 from model import TinyGPTV
-from train import key_values
 
 RESULTS = ROOT / "experiments" / "results"
 FIRST_SCENE, SCENES_PER_SEED = 2 * 10**9, 10**6  # no training's scenes have such numbers

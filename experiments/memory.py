@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import inference_prompt, load_image
 from experiments import training_memory
-from experiments.report import report
+from experiments.command_line import report
 from generate import generate
 from model import TinyGPTV
 

@@ -30,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.report import report
+from experiments.command_line import report
 from generate import DTYPES
 from model import ModelConfig, TinyGPTV, set_dtype
 

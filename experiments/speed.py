@@ -33,11 +33,11 @@ sys.path.insert(0, str(ROOT))
 
 import vision
 from data import inference_prompt, load_image
+from experiments.command_line import key_values
 from experiments.peers import LlamaCpp, write_gguf
 from generate import encode_images, generate_ids, prepare
 from model import ModelConfig, TinyGPTV, set_dtype
 from quantize import Int8Linear, pack_phi, pack_vision, quantize_model
-from train import key_values
 
 RESULT = ROOT / "experiments" / "results" / "speed.json"
 PROMPT, NEW_TOKENS, CAPTION_TOKENS = 64, 8, 25  # a caption of 20 words has about 25 tokens

@@ -39,13 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import IGNORE, IMAGE_TOKEN_ID
+from experiments.command_line import key_values
 from model import ModelConfig, RMSNorm, TinyGPTV, set_dtype
 from quantize import QUANTIZED, quantize_model
 from train import (
     PRECISIONS,
     SCHEDULES,
     enter_stage,
-    key_values,
     new_optimizer,
     recompute_layers,
     set_trainable,

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments import benchmarks, readme
-from train import TrainConfig, key_values
+from experiments.command_line import key_values
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
