@@ -172,7 +172,8 @@ class QFormer(nn.Module):
         )
 
     def forward(self, image_features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """As the class says."""
+        """image_features (B, N, vision_hidden_size), as they leave the ViT -> (B, num_queries,
+        hidden_size). maps: as the class says."""
         picture = self.ln_vision(image_features)
         x = self.norm(self.query_tokens).expand(len(picture), -1, -1)  # (B, queries, hidden_size)
         for layer in self.layers:

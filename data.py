@@ -20,7 +20,7 @@ from array import array
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -35,12 +35,13 @@ IGNORE = -100  # in labels: no target
 
 
 def printable(text: object) -> str:
-    """On one line, without control codes: texts from a damaged or hostile file go to a terminal."""
+    """The text on one line, its control codes replaced: what a damaged or hostile file says may go
+    to a terminal."""
     return "".join(char if char.isprintable() else "\ufffd" for char in str(text))
 
 
 def is_file_name(name: object) -> bool:
-    """Whether it can only mean something in the folder in which it is looked for."""
+    """Whether it is the plain name of a file, without a folder in it."""
     return (isinstance(name, str) and name.isprintable() and Path(name).name == name
             and name not in ("", ".."))  # fmt: skip
 
@@ -164,7 +165,8 @@ def _checked_ids(ids: dict[str, int]) -> dict[str, int]:
 
 
 def _byte_ranks(vocab: dict, merges: list[str], folder: Path) -> dict[bytes, int]:
-    """tiktoken merges in the order of ids, GPT-2 in that of merges.txt: they have to agree."""
+    """tiktoken's table, from a token's bytes to its id. tiktoken merges in the order of ids, GPT-2
+    in that of merges.txt: raises ValueError where they differ."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]  # written as U+0100 and up
     alphabet = {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
@@ -189,7 +191,8 @@ def caption_text(text: str) -> str:
 
 
 def format_box(box: Sequence[float], width: int, height: int) -> str:
-    """Pixels (x1, y1, x2, y2) as "{<x1><y1><x2><y2>}" in hundredths of the picture, truncated."""
+    """Pixels (x1, y1, x2, y2) as "{<x1><y1><x2><y2>}" in hundredths of the picture, truncated.
+    Raises ValueError for a box more than a hundredth outside."""
     percent = [100 * v / size for v, size in zip(box, (width, height) * 2)]
     if min(percent) < -1 or max(percent) > 101:  # less is rounding by the annotators
         raise ValueError(f"box {list(box)} lies outside the picture of {width}x{height} pixels")
@@ -332,7 +335,8 @@ def validate_record(record: dict, where: str) -> None:
 
 
 def _is_like(value: object, example: object, words: Callable[[str], str]) -> bool:
-    """words: what the task makes of a text, of which something must be left."""
+    """Whether the value is built like the example, and no text is empty after `words`, which is
+    what its task makes of it."""
     if isinstance(example, str):
         return isinstance(value, str) and words(value) != "" and IMAGE_PLACEHOLDER not in value
     if isinstance(example, list):  # an example with one item stands for any number of them
@@ -479,7 +483,8 @@ def _box_question(task: str, phrase: str, boxes: str, rng: random.Random) -> tup
 def encode_prompt(
     prompt: str, tokenizer: Tokenizer, num_queries: int, num_images: int
 ) -> list[int]:
-    """Ids of a prompt, without BOS. The texts between its pictures are tokenised one by one."""
+    """Ids of a prompt, without BOS. The texts between its pictures are tokenised one by one. Raises
+    ValueError unless there are as many <ImageHere> as images."""
     texts = prompt.split(IMAGE_PLACEHOLDER)
     if len(texts) - 1 != num_images:
         raise ValueError(f"{len(texts) - 1} {IMAGE_PLACEHOLDER} in the prompt, {num_images} images")
@@ -517,14 +522,26 @@ def encode_sample(
     return {key: torch.tensor(row[key]) for key in row} | {"truncated": truncated}
 
 
+class Encoding(NamedTuple):
+    """What the rows of a run depend on beside their records."""
+
+    stage: int
+    tokenizer: Tokenizer
+    image_size: int
+    num_queries: int
+    max_length: int = 2048  # of a row, in tokens: the language model has no more positions
+
+
 def encode_record(
-    record: dict, image: Image.Image | None, rng: random.Random, stage: int,
-    tokenizer: Tokenizer, image_size: int, num_queries: int,
-) -> dict:  # fmt: skip
+    record: dict, image: Image.Image | None, rng: random.Random, encoding: Encoding
+) -> dict:
     """`encode_sample` of a record, with pixel_values (1, 3, S, S) if it has a picture."""
+    stage, tokenizer, image_size, num_queries, max_length = encoding
     turns = make_sample(record, stage, rng, image.size if image else None)
     _, end_sym, max_txt_len = STAGES[stage]
-    row = encode_sample(turns, tokenizer, int(bool(image)), num_queries, max_txt_len, end_sym)
+    row = encode_sample(
+        turns, tokenizer, int(bool(image)), num_queries, max_txt_len, end_sym, max_length
+    )
     return row | ({"pixel_values": preprocess(image, image_size)[None]} if image else {})
 
 
@@ -552,18 +569,14 @@ def left_pad_collate(prompts: list[list[int]], pad_id: int) -> dict[str, torch.T
 
 # ---- streams ----
 class RecordDataset(Dataset):
-    """Rows of a list of records, for ever: position p is place p % n of epoch p // n.
+    """Rows of records, for ever: position p is place p % n of epoch p // n.
 
     Order and wording depend on seed and position alone, so that is all a resumed run needs. A
     record that cannot be used is replaced by the next; "skipped" in the row says why.
     """
 
-    def __init__(
-        self, records: list[dict], stage: int, tokenizer: Tokenizer, image_size: int,
-        num_queries: int, seed: int = 0,
-    ):  # fmt: skip
-        self.records, self.seed = records, seed
-        self.encoding = (stage, tokenizer, image_size, num_queries)
+    def __init__(self, records: Sequence[dict], encoding: Encoding, seed: int = 0):
+        self.records, self.encoding, self.seed = records, encoding, seed
         self._epoch, self._order = -1, np.empty(0)
 
     def __len__(self) -> int:
@@ -576,12 +589,12 @@ class RecordDataset(Dataset):
         epoch, place = divmod(position, len(self.records))
         if epoch != self._epoch:
             self._epoch = epoch
-            draw = np.random.default_rng((self.seed, self.encoding[0], epoch))
+            draw = np.random.default_rng((self.seed, self.encoding.stage, epoch))
             self._order = draw.permutation(len(self))
         record = self.records[self._order[place]]
         image = load_image(record["image"]) if "image" in record else None
         rng = random.Random(f"{self.seed} {position}")
-        return encode_record(record, image, rng, *self.encoding)
+        return encode_record(record, image, rng, self.encoding)
 
 
 def usable_row(row_of: Callable[[int], dict], positions: Sequence[int]) -> dict:

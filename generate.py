@@ -12,7 +12,7 @@ Read it from the leaves to the root:
     Answer         from tokens to text, and where it ends
     generate_ids   the loop: the whole prompt at once, then one token at a time
     generate       one prompt, as a stream; `answer` is its twin for a batch; both lead through
-                   start_answers, stream_answers and push_answers to the loop
+                   start_answers and stream_answers to the loop
     main           the command line
 
 Boxes and attention are drawn by experiments/pictures.py, a chat is held by experiments/chat.py.
@@ -36,7 +36,7 @@ from data import STAGES, Tokenizer, encode_prompt, inference_prompt
 from data import left_pad_collate, load_image, preprocess, printable
 from experiments.pictures import answer_attention, boxes_of, check_picture_name
 from experiments.pictures import draw_answer, draw_attention
-from model import KVCache, Phi, TinyGPTV, autocast, is_out_of_memory
+from model import DTYPES, KVCache, Phi, TinyGPTV, autocast, is_out_of_memory
 
 
 # ---- sampling ----
@@ -119,7 +119,7 @@ class StreamDecoder:
 
 
 class Answer:
-    """The text of one row as its tokens come, stripped, and cut where `stop` begins.
+    """The text of one answer as its tokens come, stripped, and cut where `stop` begins.
 
     The end is looked for in the text, because several spellings in tokens give the same "###".
     What may yet turn out to be its beginning is held back. stop_id: an id that ends it as well.
@@ -169,6 +169,7 @@ def generate_ids(
     num_ids: ids from there on are never drawn, for they have no text. history (B, n): ids that
     count as said already. Ends after max_new_tokens, or when the positions are used up; it knows
     no other end. A row that is over goes on, unread, while others need it: rows never meet.
+    Raises ValueError for max_new_tokens below 1, and for a prompt that the positions do not hold.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
@@ -237,42 +238,31 @@ def prepare(
     return inputs_embeds, batch["attention_mask"].to(device)
 
 
-def push_answers(
-    model: TinyGPTV, batch: tuple[Tensor, Tensor], rows: Sequence[Answer], max_new_tokens: int,
+def stream_answers(
+    model: TinyGPTV, batch: tuple[Tensor, Tensor], answers: Sequence[Answer], max_new_tokens: int,
     sampling: Sampling = Sampling(), history: Tensor | None = None,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """Generates for a batch of `prepare` until every row is finished, or can't be; yields, token by
-    token, what is new in each row."""
+    """Generates for a batch of `prepare` until every answer is finished; yields, token by token,
+    what is new in each. Those that can't be finished are closed as cut, with a warning."""
     num_ids = len(model.tokenizer)
     stream = generate_ids(model.phi, *batch, max_new_tokens, sampling, num_ids, history)
-    for ids, _ in stream:
-        yield [row.push(token_id) for row, token_id in zip(rows, ids.tolist())]
-        if all(row.finished for row in rows):
+    for steps, (ids, _) in enumerate(stream, 1):
+        yield [answer.push(token_id) for answer, token_id in zip(answers, ids.tolist())]
+        if all(answer.finished for answer in answers):
             return
-
-
-def stream_answers(
-    model: TinyGPTV, batch: tuple[Tensor, Tensor], rows: Sequence[Answer], max_new_tokens: int,
-    sampling: Sampling = Sampling(), history: Tensor | None = None,
-) -> Iterator[list[str]]:  # fmt: skip
-    """`push_answers`, which closes what it could not finish, and warns of it."""
-    stream = push_answers(model, batch, rows, max_new_tokens, sampling, history)
-    for steps, pieces in enumerate(stream, 1):
-        yield pieces
-    if all(row.finished for row in rows):
-        return
-    cut = sum(not row.finished for row in rows)
+    cut = sum(not answer.finished for answer in answers)
     positions = model.phi.config.max_position_embeddings
     limit = "max_new_tokens" if steps == max_new_tokens else f"the model's {positions} positions"
-    warnings.warn(f"{cut} of {len(rows)} answers cut after {steps} tokens, because of {limit}")
-    yield [row.close() for row in rows]
+    warnings.warn(f"{cut} of {len(answers)} answers cut after {steps} tokens, because of {limit}")
+    yield [answer.close() for answer in answers]
 
 
 def start_answers(
     model: TinyGPTV, images: Sequence[Image.Image] | Tensor, num_images: Sequence[int],
     prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, official: bool = False,
 ) -> tuple[list[Answer], Iterator[list[str]]]:  # fmt: skip
-    """The answers to prompts, empty as yet, and the stream that fills them."""
+    """The answers to prompts, empty as yet, and the stream that fills them: `generate` tells of
+    the arguments, and `prepare` of num_images."""
     tokenizer = model.tokenizer
     image_embeds = images if isinstance(images, Tensor) else encode_images(model, images)
     batch = prepare(model, image_embeds, num_images, prompts, official)
@@ -280,8 +270,8 @@ def start_answers(
     # They penalise a BOS that was never fed as if it had been said.
     stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
     history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
-    rows = [Answer(tokenizer, *stop) for _ in prompts]
-    return rows, stream_answers(model, batch, rows, max_new_tokens, sampling, history)
+    answers = [Answer(tokenizer, *stop) for _ in prompts]
+    return answers, stream_answers(model, batch, answers, max_new_tokens, sampling, history)
 
 
 def generate(
@@ -309,10 +299,12 @@ def answer(
 ) -> list[str]:  # fmt: skip
     """The answers to a batch of prompts about one picture each; `generate` in all else."""
     number = [1] * len(images)
-    rows, stream = start_answers(model, images, number, prompts, sampling, max_new_tokens, official)
+    answers, stream = start_answers(
+        model, images, number, prompts, sampling, max_new_tokens, official
+    )
     for _ in stream:
         pass  # the answers remember what they were told
-    return [row.shown for row in rows]
+    return [answer.shown for answer in answers]
 
 
 # ---- command line ----
@@ -321,7 +313,6 @@ ASK_FOR = {  # task: what --ask has to be
     "identify": "a box like {<10><20><50><60>}, in hundredths of the picture",
     "detection": "a phrase",
 }  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SIZE = 8  # of many pictures, this many are asked about at once
 
 

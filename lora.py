@@ -14,7 +14,6 @@ W stays as it was; only A and B learn. Because B starts at zero, the model begin
 pre-trained one ended. Afterwards the detour can be folded into W and costs nothing.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -41,16 +40,17 @@ TARGETS = ("qkv", "dense")
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a LoRA detour; `weight` and `bias` are the frozen pre-trained ones."""
+    """A LoRA detour around a linear layer, whose pre-trained weight and bias it shares."""
 
-    def __init__(self, in_features: int, out_features: int, config: LoRAConfig):
-        super().__init__(in_features, out_features)
-        self.lora_A = nn.Linear(in_features, config.r, bias=False)
-        self.lora_B = nn.Linear(config.r, out_features, bias=False)
+    def __init__(self, linear: nn.Linear, config: LoRAConfig):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        device = linear.weight.device  # perhaps "meta"
+        self.lora_A = nn.Linear(self.in_features, config.r, bias=False, device=device)
+        self.lora_B = nn.Linear(config.r, self.out_features, bias=False, device=device)
         self.lora_dropout = nn.Dropout(config.dropout)
         self.scaling = config.alpha / config.r
-        self.int8: nn.Module | None = None  # in the place of weight and bias, if quantized
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        self.int8: nn.Module | None = None  # quantize.py's layer for weight and bias, if any
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain linear layer with W + (alpha / r) B A in place of W."""
+        """The plain linear layer with W + (alpha / r) B A in place of W. Not if quantized."""
         weight = merge(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight = nn.Parameter(weight.to(self.weight.dtype))
@@ -70,7 +70,7 @@ class LoRALinear(nn.Linear):
 
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A, in fp32."""
+    """W + scaling * B A in fp32: weight (out, in), lora_A (r, in), lora_B (out, r)."""
     return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling)
 
 
@@ -98,11 +98,7 @@ def add_lora(module: nn.Module, config: LoRAConfig) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if name in TARGETS and type(child) is nn.Linear:
-                # Built where the weights are (perhaps the meta device), then given those weights.
-                with child.weight.device:
-                    lora = LoRALinear(child.in_features, child.out_features, config)
-                lora.weight, lora.bias = child.weight, child.bias
-                setattr(parent, name, lora)
+                setattr(parent, name, LoRALinear(child, config))
 
 
 def merge_lora(module: nn.Module) -> None:

@@ -115,7 +115,8 @@ class KVCache:
 
     def update(self, layer: int, kv: Tensor) -> Tensor:
         """Stores keys and values (2, B, heads, T, head_dim) of the newest T tokens; returns those
-        of all tokens. `length` is moved on by Phi, when all layers have stored theirs."""
+        of all, (2, B, heads, length + T, head_dim). `length` is moved on by Phi, when all layers
+        have stored theirs."""
         end = self.length + kv.shape[3]
         self.kv[layer, :, :, :, self.length : end] = kv
         return self.kv[layer, :, :, :, :end]
@@ -124,8 +125,9 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention with partial rotary positions and TinyGPT-V's norm on q and k.
 
-    The norm comes before the rotation and is shared by all heads. Because q and k then have a
-    bounded length, no score can overflow fp16: that is its purpose (paper, section 3.2).
+    The norm comes before the rotation and is shared by all heads. It bounds the length of q and k
+    by its weight and bias, which keeps scores far from fp16's limit: that is its purpose (paper,
+    section 3.2).
     """
 
     def __init__(self, config: PhiConfig, layer: int):
@@ -160,7 +162,8 @@ class Attention(nn.Module):
     def attend(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, maps: list[Tensor] | None
     ) -> Tensor:
-        """(B, heads, T, head_dim), from k and v of all tokens so far."""
+        """q (B, heads, T, head_dim), k and v (B, heads, S, head_dim), mask as in causal_mask -> as
+        q; maps receives (B, heads, T, S)."""
         if maps is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y, attention_map = naive_attention(q, k, v, mask)
@@ -232,8 +235,9 @@ class Phi(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
-        """Token embeddings (B, T, hidden_size), the places of pictures filled with theirs in order.
-        The residual stream begins here, in fp32 whatever the embeddings' own dtype.
+        """input_ids (B, T), image_embeds (num_images, num_queries, hidden_size) -> (B, T,
+        hidden_size): token embeddings, the places of pictures filled with theirs in order. The
+        residual stream begins here, in fp32 whatever the embeddings' own dtype.
 
         Raises ValueError when the pictures do not fill those places exactly.
         """
@@ -253,8 +257,9 @@ class Phi(nn.Module):
         position_ids: Tensor | None = None, cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """attention_mask (B, S) covers cached tokens too; position_ids (B, T) default to counting
-        from the cache's length; `maps`, if a list, receives (B, heads, T, S) for each layer."""
+        """inputs_embeds (B, T, hidden_size) -> the same. attention_mask (B, S) covers cached tokens
+        too; position_ids (B, T) default to counting from the cache's length; `maps`, if a list,
+        receives (B, heads, T, S) for each layer. Raises ValueError past the last position."""
         T = inputs_embeds.shape[1]
         past = 0 if cache is None else cache.length
         device = inputs_embeds.device
@@ -329,8 +334,8 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, stage: int, vision: str = "") -> "ModelConfig":
-        """"full" is the official size, "mini" the miniature: only numbers differ. vision: "clip"
-        for CLIP's ViT in the place of EVA's."""
+        """The official size ("full") or the miniature ("mini"): only numbers differ. vision: "clip"
+        for CLIP's ViT in the place of EVA's. Raises ValueError for another name."""
         if name not in PHI_PRESETS:
             raise ValueError(f"preset={name} is not known; choose from {', '.join(PHI_PRESETS)}")
         vision_config = VISION_PRESETS[vision or name]
@@ -349,6 +354,9 @@ class ModelConfig:
             ProjectorConfig(**values["projector"]), PhiConfig(**values["phi"]),
             LoRAConfig(**lora) if lora else None, values["stage"], values.get("int8", False),
         )  # fmt: skip
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_dtype(model: "TinyGPTV", dtype: torch.dtype) -> None:
@@ -420,7 +428,8 @@ class TinyGPTV(nn.Module):
         return self.config.vision.image_size * (2 if self.stage == 4 else 1)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all that the stages train, and what is `carried`."""
+        """What a checkpoint holds: all that the stages train, and what is `carried`. Raises
+        ValueError if the model is quantized."""
         if self.config.int8:
             raise ValueError("of a quantized model nothing can be trained or exported; use the one "
                              "that it was made from")  # fmt: skip

@@ -107,8 +107,8 @@ class Int8Linear(nn.Module):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ in bf16 for training around W: to lead the gradient back to x takes W again and nothing
-    else, so that neither x nor a bf16 copy of W is kept in the meantime."""
+    """x Wᵀ in bf16 for training around a frozen W. The backward pass needs W alone, so neither x
+    nor a bf16 copy of W is kept. x (..., in), weight (out, in), scale (out,) -> (..., out)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -166,10 +166,10 @@ class PackedLinear(nn.Module):
         self.num_bytes = num_bytes
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class says."""
-        rows = x.flatten(0, -2).float()
+        """x (..., in) -> (..., out) in fp32."""
+        rows = x.flatten(0, -2).float()  # (n, in)
         magnitudes = rows.abs()
-        largest = magnitudes.amax(dim=1, keepdim=True).clamp_(min=TINY)
+        largest = magnitudes.amax(dim=1, keepdim=True).clamp_(min=TINY)  # (n, 1)
         num_bytes = self.num_bytes
         if num_bytes == 1 and is_coarse(magnitudes, largest / 127):
             num_bytes = 2
@@ -204,9 +204,9 @@ def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
 
 
 def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
-    """Whether in some row of numbers of these magnitudes (n, in) rounding to steps (n, 1) errs by
-    more than 4 % of their mean. The error, step / sqrt(12), is 1 % for numbers with a normal
-    distribution, and the larger the further the largest is from the others."""
+    """Whether in some row of magnitudes (n, in) rounding to its step (n, 1) has an RMS error,
+    step / sqrt(12), above 4 % of the mean magnitude. It is about 1 % for normally distributed
+    numbers; outliers raise it."""
     return bool((step / math.sqrt(12) > 0.04 * magnitudes.mean(dim=1, keepdim=True)).any())
 
 

@@ -41,12 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import IGNORE, RecordDataset, collate, printable, read_folder, read_records
+from data import IGNORE, Encoding, RecordDataset, collate, printable, read_folder, read_records
 from experiments.command_line import key_values
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import Phi, TinyGPTV, autocast, half_dtype, is_out_of_memory, is_trainable
+from model import DTYPES, Phi, TinyGPTV, autocast, half_dtype, is_out_of_memory, is_trainable
 from official.checkpoints import replace_file, save_checkpoint
 from official.load import first_words
 from official.stream import folder_mixture, has_mixture
@@ -68,8 +68,8 @@ class TrainConfig:
     steps: int = 0  # default: the schedule's
     batch_size: int = 0  # of each process; default: the schedule's or the mixture's
     micro_batch_size: int = 0  # so many samples at a time; default: all
-    clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
-    precision: str = ""  # of products: bf16, fp16, fp32; default: the fastest of the device
+    grad_clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
+    precision: str = ""  # of matrix products: bf16, fp16, fp32; default: the fastest of the device
     int8: bool = False  # keep frozen weights in int8: half their memory; products are in bf16
     checkpointing: bool = False  # compute Phi's layers again in the backward pass: less memory
     compile: bool = False  # torch.compile Phi's layers: minutes of preparation, then faster
@@ -88,9 +88,9 @@ class Schedule:
     steps_per_epoch: int
     batch_size: int
     warmup_steps: int
-    warmup_lr: float
-    lr: float
-    min_lr: float
+    warmup_lr: float  # at step 0
+    lr: float  # after the warm-up
+    min_lr: float  # at the end of a cycle; in the official stage 4 it is the larger of the two
 
     @property
     def steps(self) -> int:
@@ -104,7 +104,7 @@ class Schedule:
 
 # The official numbers. Stage 1 is run 17 times (the paper: 17 x 1000 steps). Stage 4 ends at a
 # higher rate than it begins with: that is what was published, and what the code does.
-SCHEDULES = {
+SCHEDULES = {  # cycles, epochs, steps_per_epoch, batch_size, warmup_steps, warmup_lr, lr, min_lr
     "full": {
         1: Schedule(17, 1, 5000, 64, 1000, 1e-6, 1e-4, 8e-5),
         2: Schedule(1, 4, 5000, 64, 5000, 1e-6, 1e-4, 8e-5),
@@ -140,8 +140,8 @@ def learning_rate(schedule: Schedule, epoch: int, step: int) -> float:
 
 
 def enter_stage(model: TinyGPTV, stage: int, preset: str) -> None:
-    """Gives the model of the stage before what this stage has: LoRA from stage 2 on (the paper's
-    stage 1 has none; the official configuration forgot to say so)."""
+    """Makes the model of the stage before one of this stage: with LoRA from stage 2 on, as in the
+    paper (the official configuration of stage 1 forgot to leave it out)."""
     model.stage = model.config.stage = stage
     if stage >= 2 and model.config.lora is None:
         model.config.lora = LORA_PRESETS[preset]
@@ -200,17 +200,20 @@ def mixture_batches(
 
 def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
     """The datasets that a stage learns from, how often each is drawn, and its batch size."""
-    encoding = (config.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries)
+    encoding = Encoding(
+        config.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries,
+        model.config.phi.max_position_embeddings,
+    )  # fmt: skip
     if config.data == "world":
-        datasets, ratios = world_mixture(*encoding, seed=config.seed)
+        datasets, ratios = world_mixture(encoding, config.seed)
     elif has_mixture(config.data):
         datasets, ratios, batch_sizes = folder_mixture(
-            config.data, *encoding, config.seed, config.allow_missing
+            config.data, encoding, config.seed, config.allow_missing
         )
         return datasets, ratios, [config.batch_size or size for size in batch_sizes]
     else:
         read = read_folder if os.path.isdir(config.data) else read_records
-        datasets, ratios = [RecordDataset(read(config.data), *encoding, seed=config.seed)], [1.0]
+        datasets, ratios = [RecordDataset(read(config.data), encoding, config.seed)], [1.0]
     return datasets, ratios, [batch_size] * len(datasets)
 
 
@@ -221,7 +224,7 @@ def micro_batches(rows: list[dict], size: int, pad_id: int) -> list[dict]:
 
 
 def allow_open_files(wanted: int) -> None:
-    """So many, or as many as the system lets us."""
+    """Raises this process's limit of open files to `wanted`, or as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY:
@@ -236,7 +239,7 @@ def batches(
     datasets, ratios, sizes = open_data(config, batch_size, model)
     keys = mixture_batches(ratios, sizes, config.seed, start, rank, world_size)
     pad_id = model.tokenizer.pad_token_id
-    allow_open_files(8192)  # a tensor on its way takes two
+    allow_open_files(8192)  # each tensor that a worker hands over holds two
     loader = DataLoader(
         MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
         collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),
@@ -293,7 +296,7 @@ def add_up(values: list[float], device: str) -> list[float]:
 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    micro: list[dict], lr: float, clip: float = 0.0,
+    micro: list[dict], lr: float, grad_clip: float = 0.0,
 ) -> tuple[float, float]:  # fmt: skip
     """One step of AdamW; the loss before it and the norm of its gradient. Nothing has changed if
     either is not finite.
@@ -325,8 +328,8 @@ def train_step(
     grads = [p.grad for p in trained if p.grad is not None]  # none where text has no picture
     norm = nn.utils.get_total_norm(grads)
     if math.isfinite(total) and math.isfinite(norm) and all_labels > 0:
-        if clip:
-            nn.utils.clip_grads_with_norm_(trained, clip, norm)
+        if grad_clip:
+            nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
         scaler.step(optimizer)
     scaler.update()
     return total if all_labels else math.nan, norm.item()
@@ -334,8 +337,8 @@ def train_step(
 
 # ---- a run, and how it goes on ----
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What may change when a run goes on; all else would make another run of it.
+# What may differ when a run goes on: where files are (not what is in them), and how a step is
+# computed.
 MAY_CHANGE = ("weights", "data", "out", "resume", "checkpointing", "compile", "save_every",
               "device", "num_workers")  # fmt: skip
 
@@ -347,8 +350,8 @@ def fastest_precision(device: str) -> str:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
-def settled(config: TrainConfig) -> TrainConfig:
-    """The config with what was left open decided. Raises ValueError for int8 in another type."""
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """The config with its defaults filled in. Raises ValueError for int8=1 unless in bf16."""
     if config.int8 and config.precision not in ("", "bf16"):
         raise ValueError(f"int8=1 multiplies in bf16; leave out precision={config.precision}")
     return replace(
@@ -368,11 +371,12 @@ def schedule_of(config: TrainConfig) -> Schedule:
 
 
 def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device: str) -> TinyGPTV:
-    """The model of an earlier stage, made ready for this one. trained: what this one has learned so
-    far, if it goes on. Raises ValueError if that is not just what learns here, or quantized."""
-    torch.manual_seed(config.seed)  # of what has no weights yet
-    dtype = PRECISIONS[config.precision]
-    place = "cpu" if config.int8 else device  # where there is room for bf16
+    """The model of an earlier stage, made ready for this one. trained: what a run that goes on has
+    learned so far, or {}. Raises ValueError if that is not just what learns here, or if the weights
+    are quantized."""
+    torch.manual_seed(config.seed)  # of parameters that no file has
+    dtype = DTYPES[config.precision]
+    place = "cpu" if config.int8 else device  # in bf16 a small GPU has no room for them
     model = TinyGPTV.from_pretrained(config.weights, config.from_stage, place, dtype)
     if model.config.int8:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
@@ -414,9 +418,9 @@ def save_state(
     config: TrainConfig, world_size: int, step: int, model: TinyGPTV,
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
 ) -> None:  # fmt: skip
-    """model.safetensors for use, and train_state.pt with all that the run needs to go on, the same
-    weights too: so there is no moment at which one file fits and the other does not. The order of
-    samples and dropout follow from the step's number."""
+    """Writes model.safetensors, for use, and train_state.pt, from which the run goes on. The second
+    has the weights, too: were they in the first alone, a crash between the two writes would leave
+    files of different steps. The order of samples and dropout follow from the step's number."""
     save_checkpoint(model, Path(config.out))
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     state = {
@@ -450,8 +454,8 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Ctrl-C and the request to end are noted in a list, so that a step is not torn in two; the
-    second one ends the process at once."""
+    """Ctrl-C and SIGTERM are noted in a list, so that a step is not torn in two; the second one
+    ends the process at once."""
     noted: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -503,7 +507,7 @@ def train(config: TrainConfig) -> int:
     """One stage from beginning to end, or on from where it was stopped (config.resume). Writes
     config.json, model.safetensors, log.jsonl and loss.png into config.out, and train_state.pt
     until it is done. Returns 0, or the number of the signal that stopped it."""
-    config = settled(config)
+    config = with_defaults(config)
     device, rank, world_size = join_processes(config.device)
     log = RunLog(Path(config.out), config.resume, quiet=rank > 0)
     state = read_state(config, world_size) if config.resume else {"step": 0, "model": {}}
@@ -530,7 +534,7 @@ def train(config: TrainConfig) -> int:
             micro = log.wait_for(stream)
             lr = learning_rate(schedule, epoch, in_epoch)
             on_device = [to_device(batch, device) for batch in micro]
-            loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.clip)
+            loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.grad_clip)
             *counts, stopped = add_up([*counts_of(micro), len(signals)], device)
             log.write(bar, step + 1, loss, lr, norm, counts)
             if stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps:
@@ -557,11 +561,11 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         raise ValueError(f"from_stage={config.from_stage}: stage {config.stage} can't follow it")
     if config.preset not in SCHEDULES:
         raise ValueError(f"preset={config.preset}: choose from {', '.join(SCHEDULES)}")
-    if config.precision not in ("", *PRECISIONS):
-        raise ValueError(f"precision={config.precision}: choose from {', '.join(PRECISIONS)}")
+    if config.precision not in ("", *DTYPES):
+        raise ValueError(f"precision={config.precision}: choose from {', '.join(DTYPES)}")
     if config.save_every < 1:
         raise ValueError(f"save_every={config.save_every}: say after how many steps to save")
-    for key in ("steps", "batch_size", "micro_batch_size", "clip", "num_workers", "seed"):
+    for key in ("steps", "batch_size", "micro_batch_size", "grad_clip", "num_workers", "seed"):
         if not 0 <= getattr(config, key) < math.inf:
             raise ValueError(f"{key}={getattr(config, key)}: it has to be 0 or more")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -580,7 +584,8 @@ def last_line(error: Exception) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, 2 after a line on stderr that says what was wrong, 130 after Ctrl-C."""
+    """Exit code: 0; 2 after a line on stderr that says what was wrong; 128 + the number of the
+    signal that stopped it, 130 for Ctrl-C."""
     try:
         stopped_by = train(parse_arguments(arguments))
     except (ValueError, OSError) as error:

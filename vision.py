@@ -33,9 +33,10 @@ class VisionConfig:
     clip: bool = False  # CLIP's ViT in place of EVA's
 
 
+# The official files have a layer more, EVA's 40 and CLIP's 24: BLIP-2 reads what enters the last.
 VISION_PRESETS = {
     "full": VisionConfig(image_size=224, patch_size=14, hidden_size=1408, num_layers=39,
-                         num_heads=16, intermediate_size=6144),  # the file has 40 layers
+                         num_heads=16, intermediate_size=6144),
     "mini": VisionConfig(image_size=112, patch_size=14, hidden_size=192, num_layers=5,
                          num_heads=6, intermediate_size=640),
     "clip": VisionConfig(image_size=224, patch_size=14, hidden_size=1024, num_layers=23,
@@ -61,10 +62,9 @@ class PatchEmbed(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, each (B, heads, N, head_dim).
 
-    In bf16 on a CPU, where torch's fused call is slow at EVA's head_dim of 88 and takes 40 % of the
-    time of a 448 px picture, two heads at a time as plain products. Scores are rounded to bf16, and
-    small ones lose less: so the mean of all keys, which no softmax sees, is taken off first. With
-    gradients, the fused call.
+    In bf16 on a CPU torch's fused call is slow at EVA's head_dim of 88, so two heads at a time are
+    multiplied plainly. Scores are rounded to bf16, and small ones lose less: so the mean of all
+    keys, which no softmax sees, is subtracted first. With gradients, and elsewhere, the fused call.
     """
     half = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half or torch.is_grad_enabled():
@@ -176,7 +176,8 @@ class EvaViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """Patches, class token and positions: what enters the first block."""
+        """pixel_values (B, 3, S, S) -> (B, 1 + N, hidden_size): class token and patches with their
+        positions. Raises ValueError unless S x S is square and whole patches."""
         B, _, height, width = pixel_values.shape
         patch = self.config.patch_size
         if height != width or height % patch:
@@ -189,7 +190,8 @@ class EvaViT(nn.Module):
         return x + interpolate_pos_embed(self.pos_embed, height // patch, self.config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """As the class says. Raises ValueError if S x S is not square, or not whole patches."""
+        """pixel_values (B, 3, S, S) -> (B, 1 + N, hidden_size), N = (S / 14)^2. Raises what `embed`
+        does."""
         x = self.ln_pre(self.embed(pixel_values))
         for block in self.blocks:
             x = block(x)

@@ -11,20 +11,20 @@ what is there is not run again. Another study is another entry of STUDIES, to be
 full model of the first.
 
 How a norm is taken out. The paper puts its norms into a finished Phi-2 and reports what happens
-without them. The miniature's Phi grew up with them, so to leave one out would break it before the
-first step, and the breakage would be all that one sees. Therefore a norm is replaced by a constant:
-the mean over the tokens of 40 texts of what it subtracts and of what it multiplies with, one number
-a layer, for q and k one a head. Its trainable weight stays. So the variant begins near the original
-function, within a nat of its predictions, with the same things to learn, and only what makes a norm
-is gone: that it answers to each token's own size. Without LoRA, all else is trained as with it.
+without them. The miniature's Phi grew up with them, and breaks without. Therefore a norm becomes a
+constant: the mean over the tokens of 40 texts of what it subtracts and of what it multiplies with,
+one number a layer, for q and k one a head. Its trainable weight stays, and only what makes a norm
+is gone: that it answers to each token's own size. Even so Phi is damaged, and the stages have to
+mend that, too: `untrained` is the loss of the finished, shipped model with the same edit, and tells
+how much. Without LoRA, all else is trained as with it.
 
-fp16. The paper's failures are of fp16, so after each stage some of its batches go through the model
-once in fp32 and once in fp16 (weights, products, activations and their gradients; norms and what is
-trained in fp32, as in the official code), without a loss scale: how many batches give a loss or
-gradient that is not finite, and which share of the gradient's elements is lost to zero.
+How to read it. Only the full model's learning rates were tuned. The stages are shorter than the
+shipped ones and learn from a pool of scenes that are encoded once, so that "full" is not the
+shipped model. Seeds change the projection, LoRA, the order of scenes and their wording, in the same
+way for all variants: their differences are to be compared seed by seed. Six layers are too few to
+overflow as 32 do; what fp16 does to a step (fp16.py) is looked at before and after each stage.
 """
 
-import copy
 import json
 import math
 import multiprocessing
@@ -34,7 +34,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bridge import naive_attention
-from data import make_sample
+from data import Encoding, make_sample
 from experiments import evaluate
 from experiments.command_line import key_values
 from experiments.encoded_scenes import (
@@ -57,16 +56,16 @@ from experiments.encoded_scenes import (
     open_pool,
     pooled_patches,
 )
+from experiments.fp16 import finite, in_fp16
 from experiments.scores import metrics
 from lora import merge_lora
 from miniature import world
 from miniature.pretrain_language import language_row
 from miniature.pretrain_projection import whitening
 from miniature.stream import RATIOS, conversation
-from model import RMSNorm, TinyGPTV, autocast, set_dtype
+from model import DTYPES, RMSNorm, TinyGPTV, autocast
 from official.checkpoints import replace_file
 from train import (
-    PRECISIONS,
     MixtureDataset,
     TrainConfig,
     enter_stage,
@@ -82,10 +81,11 @@ from train import (
 )
 
 RESULTS = ROOT / "experiments" / "results" / "ablation"
-BACKBONES = ("vision", "qformer", "projection", "phi")
+BACKBONES = [f"{part}.safetensors" for part in ("vision", "qformer", "projection", "phi")]
 FIRST_TEXT, NUM_TEXTS = 8 * 10**8, 40
 LAST_STEPS = 50  # a stage's final loss is the mean of so many
-FP16_BATCHES, FP16_ROWS = 4, 8  # a stage, a batch: a CPU multiplies fp16 slowly
+FP16_BATCHES, FP16_ROWS = 2, 8  # before and after each stage: a CPU multiplies fp16 slowly
+UNTRAINED_ROWS = 64
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -98,22 +98,22 @@ class Config:
     n: int = 200  # test scenes
     scenes: int = 6000  # of training, encoded once at each resolution
     pool: str = ""  # the folder where they are kept; default: the system's temporary one
-    workers: int = 1  # runs side by side, each on one thread
+    workers: int = 1  # runs side by side, if several each on one thread
     weights: str = str(ROOT / "miniature" / "weights")
 
 
 # ---- variants ----
 @dataclass(frozen=True)
 class Variant:
-    """edit: applied whenever a stage has been entered; may find its work done already."""
-
-    edit: Callable[[TinyGPTV], None] = lambda model: None
+    edit: Callable[[TinyGPTV], None] = lambda model: None  # applied once
+    since: int = 1  # the stage that begins with it
     ratios: dict[str, int] = field(default_factory=lambda: RATIOS[4])  # of stage 4
     view: str = "queries"  # what of the pool it learns from; or "patches"
 
 
-class FrozenNorm(nn.Module):
-    """A norm whose mean and scale are constants: y = (x - mean) * scale * weight + bias."""
+class ConstantNorm(nn.Module):
+    """A norm whose mean and scale are constants: y = (x - mean) * scale * weight + bias, where the
+    weight learns as before."""
 
     def __init__(self, norm: nn.Module, mean: Tensor, scale: Tensor):
         super().__init__()
@@ -135,12 +135,10 @@ def statistics_of(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def freeze_norms(model: TinyGPTV, names: tuple[str, ...]) -> None:
+def make_constant(model: TinyGPTV, names: tuple[str, ...]) -> None:
     """Replaces the norms of these names in all of Phi's layers by constants."""
     found = [(parent, name) for parent in model.phi.modules() for name in names
-             if isinstance(getattr(parent, name, None), (nn.LayerNorm, RMSNorm))]  # fmt: skip
-    if not found:
-        return
+             if hasattr(parent, name)]  # fmt: skip
     seen: dict[nn.Module, list[Tensor]] = defaultdict(list)
     hooks = [getattr(parent, name).register_forward_pre_hook(
         lambda norm, inputs: seen[norm].append(statistics_of(norm, inputs[0]))
@@ -154,12 +152,12 @@ def freeze_norms(model: TinyGPTV, names: tuple[str, ...]) -> None:
         norm = getattr(parent, name)
         # (2, 1, T) or (2, 1, heads, T) of all texts -> (2, 1, 1, 1) or (2, 1, heads, 1, 1)
         constants = torch.cat(seen[norm], -1).mean(-1)[..., None, None]
-        setattr(parent, name, FrozenNorm(norm, *constants))
+        setattr(parent, name, ConstantNorm(norm, *constants))
 
 
 def text_embeds(model: TinyGPTV) -> list[Tensor]:
-    """Texts as Phi was pre-trained on, (1, T, hidden_size): conversations about scenes, which are
-    written out in 32 words where their picture would be."""
+    """Texts, (1, T, hidden_size): conversations about scenes, which are written out in 32 words
+    where their picture would be, nearly as Phi was pre-trained on them (pretrain_language.py)."""
     phi, texts = model.phi, []
     for number in range(FIRST_TEXT, FIRST_TEXT + NUM_TEXTS):
         scene, rng = world.sample_scene(number, "train"), random.Random(number)
@@ -182,15 +180,13 @@ class EachObjects(nn.Module):
 
 
 def keep_queries(model: TinyGPTV, kept: int) -> None:
-    if not isinstance(model.projector, nn.Sequential):
-        model.config.qformer = replace(model.config.qformer, num_queries=4 * kept)
-        model.projector = nn.Sequential(EachObjects(kept), model.projector)
+    """4 * kept of the 32 queries, those first that Phi can do least without."""
+    model.config.qformer = replace(model.config.qformer, num_queries=4 * kept)
+    model.projector = nn.Sequential(EachObjects(kept), model.projector)
 
 
 def one_linear_map(model: TinyGPTV) -> None:
     """Both projections multiplied out: the same function, with a single matrix to learn."""
-    if isinstance(model.projector, nn.Linear):
-        return
     first, second = model.projector.fc1, model.projector.fc2
     model.projector = nn.Linear(first.in_features, second.out_features)
     model.projector.weight.data = second.weight.data @ first.weight.data
@@ -199,36 +195,36 @@ def one_linear_map(model: TinyGPTV) -> None:
 
 def mlp_projection(model: TinyGPTV) -> None:
     """A GELU between both projections, as in LLaVA-1.5."""
-    if not isinstance(model.projector, nn.Sequential):
-        first, second = model.projector.children()
-        model.projector = nn.Sequential(first, nn.GELU(), second)
+    first, second = model.projector.children()
+    model.projector = nn.Sequential(first, nn.GELU(), second)
 
 
 def look_at_patches(model: TinyGPTV) -> None:
+    """32 means of patches, which were never taught to be words, in the place of the Q-Former."""
     model.qformer.forward = pooled_patches
 
 
 def keep_resolution(model: TinyGPTV) -> None:
     """Stage 4 doubles what the configuration says."""
-    if model.stage == 4:
-        model.config.vision = replace(
-            model.config.vision, image_size=model.visual_encoder.config.image_size // 2
-        )
+    size = model.config.vision.image_size // 2
+    model.config.vision = replace(model.config.vision, image_size=size)
 
 
 STUDIES = {
     "norms": {
         "full": Variant(),
-        "no LoRA": Variant(lambda model: merge_lora(model.phi)),
-        "no input LayerNorm": Variant(partial(freeze_norms, names=("input_layernorm",))),
-        "no RMSNorm": Variant(partial(freeze_norms, names=("post_layernorm",))),
-        "no QK-norm": Variant(partial(freeze_norms, names=("q_layernorm", "k_layernorm"))),
+        "no LoRA": Variant(lambda model: merge_lora(model.phi), since=2),
+        "no input LayerNorm": Variant(partial(make_constant, names=("input_layernorm",))),
+        "no RMSNorm": Variant(partial(make_constant, names=("post_layernorm",))),
+        "no QK-norm": Variant(partial(make_constant, names=("q_layernorm", "k_layernorm"))),
     },
-    "queries": {"without right and bottom": Variant(partial(keep_queries, kept=6)),
-                "without boxes": Variant(partial(keep_queries, kept=4))},
+    # Of each object's eight queries the last two were taught its right and bottom edge, the two
+    # before them left and top; the others may know of them, too.
+    "queries": {"24 queries": Variant(partial(keep_queries, kept=6)),
+                "16 queries": Variant(partial(keep_queries, kept=4))},
     "projection": {"one linear map": Variant(one_linear_map), "MLP": Variant(mlp_projection)},
     "bridge": {"pooled patches": Variant(look_at_patches, view="patches")},
-    "resolution": {"not doubled": Variant(keep_resolution)},
+    "resolution": {"not doubled": Variant(keep_resolution, since=4)},
     "mixture": {"single questions": Variant(ratios=RATIOS[4] | {"chat": 0})},
 }  # fmt: skip
 
@@ -237,11 +233,12 @@ STUDIES = {
 def new_model(config: Config, variant: Variant, seed: int, pool: Pool) -> TinyGPTV:
     """The backbones with a new projection, in the precision that train.py would choose."""
     torch.manual_seed(seed)
-    dtype = PRECISIONS[fastest_precision("cpu")]
+    dtype = DTYPES[fastest_precision("cpu")]
     model = TinyGPTV.from_pretrained(config.weights, 0, "cpu", dtype)
     if variant.view == "patches":  # what pretrain_projection.py does for queries
         first = model.projector.fc1
-        weight, bias = whitening(pool[f"patches {model.image_size}"].flatten(0, 1))
+        seen = [vectors for name, vectors in pool.items() if name.startswith("patches")]
+        weight, bias = whitening(torch.cat(seen).flatten(0, 1))
         turned = torch.randn(first.weight.shape) / len(weight) ** 0.5
         first.weight.data, first.bias.data = turned @ weight, turned @ bias
     return model
@@ -254,6 +251,16 @@ def stage_batch(model: TinyGPTV, datasets: MixtureDataset, keys: list) -> dict:
     return to_device(batch, "cpu")
 
 
+def pool_mixture(
+    model: TinyGPTV, ratios: dict[str, int], view: str, seed: int, pool: Pool
+) -> MixtureDataset:
+    """The datasets that the model's stage draws from, in the order of `ratios`."""
+    num_queries = model.config.qformer.num_queries
+    encoding = Encoding(model.stage, model.tokenizer, model.image_size, num_queries)
+    vectors = pool[f"{view} {model.image_size}"]
+    return MixtureDataset([PoolDataset(task, encoding, seed, vectors) for task in ratios])
+
+
 def run_stage(
     model: TinyGPTV, stage: int, steps: int, variant: Variant, seed: int, config: Config, pool: Pool
 ) -> dict:
@@ -262,81 +269,46 @@ def run_stage(
     began = time.time()
     torch.manual_seed(seed + stage)  # of LoRA's beginnings
     enter_stage(model, stage, "mini")
-    variant.edit(model)
+    if stage == variant.since:
+        variant.edit(model)
     set_trainable(model)
     model.train()
     schedule = schedule_of(TrainConfig(stage=stage, steps=steps, batch_size=config.batch_size))
     ratios = variant.ratios if stage == 4 else RATIOS[stage]
-    encoding = (stage, model.tokenizer, model.image_size, model.config.qformer.num_queries)
-    vectors = pool[f"{variant.view} {model.image_size}"]
-    datasets = MixtureDataset([PoolDataset(task, *encoding, seed, vectors) for task in ratios])
+    datasets = pool_mixture(model, ratios, variant.view, seed, pool)
     keys = mixture_batches([*ratios.values()], [schedule.batch_size] * len(ratios), seed)
-    optimizer, done = new_optimizer(model), []
+    probes = [stage_batch(model, datasets, next(keys)[:FP16_ROWS]) for _ in range(FP16_BATCHES)]
+    optimizer, done, fp16 = new_optimizer(model), [], [in_fp16(model, probes)]
     with on_queries(model):
         for step in range(steps):
-            torch.manual_seed(seed + step)  # of this step's dropout
+            torch.manual_seed(seed * 10**6 + step)  # of this step's dropout
             batch = stage_batch(model, datasets, next(keys))
             lr = learning_rate(schedule, 0, step)
             done.append(train_step(model, optimizer, NO_SCALING, [batch], lr))
-    finite = [(loss, norm) for loss, norm in done if math.isfinite(loss) and math.isfinite(norm)]
-    norms = [norm for _, norm in finite]
-    about = {
-        "loss": mean_or_none([loss for loss, _ in done[-LAST_STEPS:]]),
+    norms = [norm for loss, norm in done if math.isfinite(loss) and math.isfinite(norm)]
+    return {
+        "loss": finite(statistics.fmean(loss for loss, _ in done[-LAST_STEPS:])),
         "grad_norm_median": statistics.median(norms) if norms else None,
         "grad_norm_max": max(norms, default=None),
-        "bad_steps": len(done) - len(finite),
+        "bad_steps": len(done) - len(norms),
+        "fp16": [*fp16, in_fp16(model, probes)],  # before and after
         "seconds": time.time() - began,
     }
-    later = [next(keys)[:FP16_ROWS] for _ in range(FP16_BATCHES)]
-    batches = [stage_batch(model, datasets, few) for few in later]
-    return about | in_fp16(model, batches)
 
 
-def mean_or_none(values: list[float]) -> float | None:
-    """JSON has no NaN."""
-    mean = sum(values) / len(values)
-    return mean if math.isfinite(mean) else None
-
-
-# ---- fp16 ----
-def gradient(model: TinyGPTV, batch: dict, dtype: torch.dtype) -> tuple[float, Tensor, float]:
-    """Loss and gradient of a copy of the model with its frozen weights in dtype, all in one row,
-    and the largest number that one of Phi's linear maps gave."""
-    twin = copy.deepcopy(model).eval()
-    set_dtype(twin, dtype)
-    for block in twin.phi.layers:  # scores in dtype, as the official code has them
-        block.self_attn.attend = lambda q, k, v, mask, maps: naive_attention(q, k, v, mask)[0]
-    largest = torch.zeros(())
-
-    def note(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        largest.copy_(torch.maximum(largest, output.detach().abs().max().float()))
-
-    for module in twin.phi.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(note)
-    with on_queries(twin):
-        with autocast(twin.phi.embed_tokens.weight):
-            loss = twin(**batch)
-        loss.backward()
-    grads = [p.grad.flatten() for p in twin.parameters() if p.grad is not None]
-    return loss.item(), torch.cat(grads), largest.item()
-
-
-def in_fp16(model: TinyGPTV, batches: list[dict]) -> dict:
-    """The share of batches that are not finite in fp16 without a loss scale; in the others, that of
-    the gradient's elements that are zero there and not in fp32; the largest activation, in fp32."""
-    bad, lost, elements, largest = 0, 0, 0, 0.0
-    for batch in batches:
-        _, true, most = gradient(model, batch, torch.float32)
-        loss, half, _ = gradient(model, batch, torch.float16)
-        largest = max(largest, most)
-        if math.isfinite(loss) and half.isfinite().all():
-            lost += int(((half == 0) & (true != 0)).sum())
-            elements += int((true != 0).sum())
-        else:
-            bad += 1
-    return {"fp16_bad": bad / len(batches), "fp16_lost": lost / elements if elements else None,
-            "largest_activation": largest}  # fmt: skip
+@torch.no_grad()
+def untrained_loss(variant: Variant, config: Config, pool: Pool) -> float | None:
+    """The loss of the finished, shipped model with the variant's edit, about scenes of the pool:
+    what the edit alone does, before anything learns to live with it."""
+    if variant.view != "queries":
+        return None
+    dtype = DTYPES[fastest_precision("cpu")]
+    model = TinyGPTV.from_pretrained(config.weights, 4, "cpu", dtype)
+    variant.edit(model)
+    batch = stage_batch(model, pool_mixture(model, {"chat": 1}, "queries", 0, pool),
+                        [(0, position) for position in range(UNTRAINED_ROWS)])  # fmt: skip
+    with on_queries(model), autocast(model.phi.embed_tokens.weight):
+        return finite(model(**batch).item())
 
 
 # ---- all runs ----
@@ -357,7 +329,7 @@ def described(config: Config, name: str, seed: int) -> dict:
     return {"study": config.study, "variant": name, "seed": seed, "steps": config.steps,
             "batch_size": config.batch_size, "n": config.n, "scenes": config.scenes,
             "precision": fastest_precision("cpu"),
-            "weights": fingerprint(config.weights, BACKBONES)}  # fmt: skip
+            "weights": fingerprint(Path(config.weights) / name for name in BACKBONES)}  # fmt: skip
 
 
 def is_done(config: Config, name: str, seed: int) -> bool:
@@ -383,42 +355,42 @@ def run(job: tuple[str, int], config: Config, pool_path: Path) -> None:
     for stage, steps in enumerate(map(int, config.steps.split(",")), 1):
         stages[stage] = run_stage(model, stage, steps, variant, seed, config, pool)
         print(f"{name}, seed {seed}, stage {stage}: loss {stages[stage]['loss']}", flush=True)
-    result = described(config, name, seed) | {"stages": stages, **world_metrics(model, config.n)}
+    result = described(config, name, seed) | {
+        "untrained": untrained_loss(variant, config, pool), "stages": stages,
+        **world_metrics(model, config.n),
+    }  # fmt: skip
     path = result_path(config, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
-def run_all(config: Config) -> dict:
-    """All runs of a study that are not there yet; the losses and some metrics of all."""
-    jobs = [(name, seed) for seed in range(config.seeds) for name in STUDIES[config.study]]
-    left = [job for job in jobs if not is_done(config, *job)]
-    if left:
-        model = new_model(config, Variant(), 0, {})
-        pool_path = open_pool(model, config.weights, config.scenes, config.pool)
-        do = partial(run, config=config, pool_path=pool_path)
-        if config.workers == 1:
-            list(map(do, left))
-        else:
-            spawn = multiprocessing.get_context("spawn")
-            one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-            with ProcessPoolExecutor(config.workers, spawn, **one_thread) as executor:
-                list(executor.map(do, left))
-    return {"study": config.study, "runs": len(jobs)} | summary(config)
+def run_all(jobs: list[tuple[str, int]], config: Config, pool_path: Path) -> None:
+    """The runs, as many side by side as there are workers; the first that fails ends all."""
+    do = partial(run, config=config, pool_path=pool_path)
+    if config.workers == 1:
+        for job in jobs:
+            do(job)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(config.workers, spawn, **one_thread) as executor:
+        try:
+            for future in as_completed([executor.submit(do, job) for job in jobs]):
+                future.result()
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def summary(config: Config) -> dict:
-    """The mean over the seeds of each variant's last loss and some metrics."""
+    """The means over the seeds of some scores of each variant."""
     kept = {}
     for name in STUDIES[config.study]:
         runs = [json.loads(result_path(config, name, seed).read_text("utf-8"))
                 for seed in range(config.seeds)]  # fmt: skip
-        values = {"loss": [run["stages"]["4"]["loss"] for run in runs],
-                  "vqa": [run["vqa"]["mean"] for run in runs],
-                  "refer": [run["refer_iou50"] for run in runs]}  # fmt: skip
-        kept[name] = {key: None if None in many else round(statistics.mean(many), 4)
-                      for key, many in values.items()}  # fmt: skip
+        kept[name] = {"vqa": round(statistics.mean(run["vqa"]["mean"] for run in runs), 4),
+                      "refer": round(statistics.mean(run["refer_iou50"] for run in runs), 4)}
     return kept
 
 
@@ -434,16 +406,25 @@ def parse_arguments(arguments: list[str]) -> Config:
     for key in ("seeds", "n", "scenes", "workers"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key}={getattr(config, key)}: it has to be 1 or more")
+    if config.batch_size < 0:
+        raise ValueError(f"batch_size={config.batch_size}: it has to be 0 or more")
     return config
 
 
 def main(arguments: list[str]) -> int:
     try:
-        result = run_all(parse_arguments(arguments))
+        config = parse_arguments(arguments)
+        jobs = [(name, seed) for seed in range(config.seeds) for name in STUDIES[config.study]]
+        left = [job for job in jobs if not is_done(config, *job)]
+        if left:
+            model = new_model(config, Variant(), 0, {})
+            pool_path = open_pool(model, config.weights, config.scenes, config.pool)
     except (ValueError, OSError) as error:
         print(f"ablation.py: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result))
+    if left:
+        run_all(left, config, pool_path)
+    print(json.dumps({"study": config.study, "runs": len(jobs)} | summary(config)))
     return 0
 
 

@@ -1,13 +1,13 @@
 """What the runs of ablation.py have found: tables for README.md, and assets/ablation.png."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.ablation import BACKBONES, RESULTS, STUDIES, Config
-from experiments.encoded_scenes import fingerprint
+from experiments.ablation import RESULTS, STUDIES, Config, described
 from experiments.run_log import COLORS
 
 # Final losses of the stages with Phi-2 (paper, table 4); "vanish": its word for the gradient's end.
@@ -26,14 +26,17 @@ Runs = dict[str, list[dict]]  # of each variant
 
 
 def read_runs(study: str) -> Runs:
-    """The results of a study with the shipped weights, variants as STUDIES has them; those without
-    a run are left out."""
-    runs: Runs = {name: [] for name in STUDIES[study]}
-    for path in sorted((RESULTS / study).glob("*.json")):
+    """The results of a study with the shipped weights and the usual budget, variants as STUDIES has
+    them, in the order of their seeds: of those seeds that all of them have been run with."""
+    runs: dict[str, dict[int, dict]] = {name: {} for name in STUDIES[study]}
+    for path in (RESULTS / study).glob("*.json"):
         run = json.loads(path.read_text("utf-8"))
-        if run["weights"] == fingerprint(Config.weights, BACKBONES):
-            runs[run["variant"]].append(run)
-    return {name: found for name, found in runs.items() if found}
+        name, seed = run["variant"], run["seed"]
+        usual = described(Config(study=study), name, seed) | {"precision": run["precision"]}
+        if name in runs and usual.items() <= run.items():
+            runs[name][seed] = run
+    seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
+    return {name: [found[seed] for seed in seeds] for name, found in runs.items()} if seeds else {}
 
 
 def loss_of(run: dict, stage: str) -> float | None:
@@ -45,11 +48,11 @@ def metric_of(run: dict, name: str) -> float | None:
     return value["mean"] if isinstance(value, dict) else value
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: list[float | None], sign: str = "") -> str:
     """Mean and standard deviation over the seeds; what is not finite in one of them has neither."""
     if None in values:
         return "not finite"
-    mean = f"{statistics.mean(values):.3f}"
+    mean = f"{statistics.mean(values):{sign}.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
@@ -58,43 +61,70 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def norms_table(runs: Runs) -> str:
-    """How each variant trained: losses, the paper's, gradients, and fp16 over all stages."""
+def losses_table(runs: Runs) -> str:
+    """How each variant trained: what its edit alone costs, losses, the paper's, gradients."""
     rows = []
     for name, found in runs.items():
-        stages = [stage for run in found for stage in run["stages"].values()]
-        middle = statistics.median(stage["grad_norm_median"] or 0 for stage in stages)
-        largest = max(stage["grad_norm_max"] or 0 for stage in stages)
-        bad = statistics.mean(stage["fp16_bad"] for stage in stages)
-        lost = [stage["fp16_lost"] for stage in stages if stage["fp16_lost"] is not None]
+        norms = [statistics.median(run["stages"][stage]["grad_norm_median"] or 0 for run in found)
+                 for stage in STAGES]  # fmt: skip
+        largest = max(run["stages"][stage]["grad_norm_max"] or 0 for run in found
+                      for stage in STAGES)  # fmt: skip
+        bad = sum(run["stages"][stage]["bad_steps"] for run in found for stage in STAGES)
         rows.append([
-            name, *(spread([loss_of(run, stage) for run in found]) for stage in STAGES),
-            PAPER[name], f"{middle:.2f}, {largest:.1f}",
-            f"{statistics.mean(lost):.2%}" if lost else "", f"{bad:.0%}",
-            f"{max(stage['largest_activation'] for stage in stages):.0f}",
+            name, spread([found[0]["untrained"]]),
+            *(spread([loss_of(run, stage) for run in found]) for stage in STAGES), PAPER[name],
+            ", ".join(f"{norm:.2f}" for norm in norms), f"{largest:.0f}", str(bad),
         ])  # fmt: skip
-    head = ["", *(f"loss, stage {stage}" for stage in STAGES), "the paper's, with Phi-2",
-            "gradient's norm: median, largest", "of it lost in fp16", "not finite in fp16",
-            "largest activation"]  # fmt: skip
+    head = ["", "untrained", *(f"loss, stage {stage}" for stage in STAGES),
+            "the paper's, with Phi-2", "gradient's norm, stages 1 to 4", "its largest",
+            "steps not finite"]  # fmt: skip
     return table(head, rows)
 
 
-def metrics_table(runs: Runs) -> str:
-    rows = [[f"{name} ({len(found)})",
-             *(spread([metric_of(run, metric) for run in found]) for metric in METRICS)]
-            for name, found in runs.items()]  # fmt: skip
+def fp16_table(runs: Runs) -> str:
+    """What fp16 does to a step of each variant, before a stage and after it, over all stages."""
+    rows = []
+    for name, found in runs.items():
+        cells = [name]
+        for moment in (0, 1):
+            seen = [run["stages"][stage]["fp16"][moment] for run in found for stage in STAGES]
+            cells += [f"{statistics.mean(one['not_finite'] for one in seen):.0%}"]
+            for key in ("lost", "lost_scaled"):
+                lost = [one[key] for one in seen if one[key] is not None]
+                cells += [f"{statistics.mean(lost):.2%}" if lost else ""]
+            for key in ("activation", "score"):
+                cells += [f"{max(one[key] or math.inf for one in seen):,.0f}"]
+        rows.append(cells)
+    columns = ["not finite", "gradient rounded to 0", "... with a loss scale",
+               "largest activation", "largest q·k"]  # fmt: skip
+    head = ["fp16", *(f"{column}, {moment}" for moment in ("before", "after")
+                      for column in columns)]  # fmt: skip
+    return table(head, rows)
+
+
+def metrics_table(runs: Runs, full: list[dict]) -> str:
+    """Scores, and in brackets what they are more than the full model's of the same seeds."""
+    rows = []
+    for name, found in runs.items():
+        cells = [f"{name} ({len(found)})"]
+        for metric in METRICS:
+            scores = [metric_of(run, metric) for run in found]
+            more = [score - metric_of(other, metric) for score, other in zip(scores, full)]
+            cells += [spread(scores) + (f" ({spread(more, '+')})" if found is not full else "")]
+        rows.append(cells)
     return table(["after stage 4 (runs)", *METRICS], rows)
 
 
 def ablation_section() -> str:
-    """Both tables and the picture; other studies as further rows."""
+    """The tables and the picture; other studies as further rows of the last table."""
     runs = read_runs("norms")
     if not runs:
         return "Not run yet with the shipped weights."
     others = {name: found for study in STUDIES if study != "norms"
               for name, found in read_runs(study).items()}  # fmt: skip
     picture = "![losses and scores without each part](assets/ablation.png)"
-    return "\n\n".join([norms_table(runs), metrics_table(runs | others), picture])
+    scores = metrics_table(runs | others, runs["full"])
+    return "\n\n".join([losses_table(runs), fp16_table(runs), scores, picture])
 
 
 # ---- the picture ----
@@ -105,8 +135,8 @@ def draw_ablation(path: Path) -> None:
         return
     losses = {f"stage {stage}": {name: [loss_of(run, stage) for run in found]
                                  for name, found in runs.items()} for stage in STAGES}  # fmt: skip
-    scores = {metric: {name: [metric_of(run, metric) for run in found]
-                       for name, found in runs.items()} for metric in METRICS}  # fmt: skip
+    scores = {metric.split()[0]: {name: [metric_of(run, metric) for run in found]
+                                  for name, found in runs.items()} for metric in METRICS}
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for number, name in enumerate(STUDIES["norms"]):
@@ -122,7 +152,7 @@ def draw_panel(
     draw: ImageDraw.ImageDraw, sides: tuple[int, int], title: str,
     groups: dict[str, dict[str, list[float | None]]],
 ) -> None:  # fmt: skip
-    """Dots from zero upwards, group by group, in each a column a variant. Not finite: no dot."""
+    """Dots from zero upwards, group by group, in each a column a variant. Not finite: a cross."""
     left, right = sides
     top, bottom, font = LEGEND + 30, HEIGHT - MARGIN, ImageFont.load_default(12)
     values = [v for group in groups.values() for many in group.values() for v in many]
@@ -139,6 +169,9 @@ def draw_panel(
         for name, many in group.items():
             column = columns.index(name)
             x = left + (place + (column + 1) / (len(columns) + 1)) * width
-            for value in (value for value in many if value is not None):
+            for value in many:
+                if value is None:
+                    draw.text((x, top - 8), "x", VARIANT_COLORS[column], font, anchor="mm")
+                    continue
                 y = bottom - (bottom - top) * value / highest
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), VARIANT_COLORS[column])

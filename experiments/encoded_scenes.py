@@ -13,7 +13,7 @@ import hashlib
 import math
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import STAGES, Tokenizer, encode_sample, make_sample, preprocess
-from miniature import world
+from data import STAGES, Encoding, encode_sample, make_sample, preprocess
+from miniature import draw, world
 from miniature.stream import record_about
 from model import TinyGPTV, autocast
 from official.checkpoints import replace_file
@@ -60,17 +60,20 @@ def encode_scenes(model: TinyGPTV, scenes: int, batch_size: int = 40) -> Pool:
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-def fingerprint(weights: str, files: tuple[str, ...]) -> str:
-    """A short hash of some files of the backbones: results and pools tell whose they are."""
+def fingerprint(files: Iterable[Path]) -> str:
+    """A short hash of what is in some files: results and pools tell whose they are."""
     digest = hashlib.sha256()
-    for name in files:
-        digest.update((Path(weights) / f"{name}.safetensors").read_bytes())
+    for file in files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def open_pool(model: TinyGPTV, weights: str, scenes: int, folder: str) -> Path:
-    """The file of the pool, made if it is not there yet. folder: "" for the system's temporary."""
-    name = f"scenes-{scenes}-{fingerprint(weights, ('vision', 'qformer'))}.pt"
+    """The file of the pool, made if it is not there yet, by one process at a time. folder: "" for
+    the system's temporary one."""
+    drawn_by = [Path(module.__file__) for module in (world, draw)]
+    seen_by = [Path(weights) / f"{name}.safetensors" for name in ("vision", "qformer")]
+    name = f"scenes-{scenes}-{fingerprint(drawn_by + seen_by)}.pt"
     path = Path(folder or tempfile.gettempdir()) / name
     if not path.exists():
         pool = encode_scenes(model, scenes)
@@ -84,22 +87,18 @@ class PoolDataset(Dataset):
     depend on (seed, task, stage, position) alone. vectors (scenes, 32, features) stand in the
     place of pixel_values."""
 
-    def __init__(
-        self, task: str, stage: int, tokenizer: Tokenizer, image_size: int, num_queries: int,
-        seed: int, vectors: Tensor,
-    ):  # fmt: skip
-        self.task, self.stage, self.tokenizer = task, stage, tokenizer
-        self.image_size, self.num_queries = image_size, num_queries
-        self.seed, self.vectors = seed, vectors
+    def __init__(self, task: str, encoding: Encoding, seed: int, vectors: Tensor):
+        self.task, self.encoding, self.seed, self.vectors = task, encoding, seed, vectors
 
     def __getitem__(self, position: int) -> dict:
-        rng = random.Random(f"{self.seed} {self.task} {self.stage} {position}")
-        number, size = rng.randrange(len(self.vectors)), self.image_size
+        stage, tokenizer, size, num_queries, max_length = self.encoding
+        rng = random.Random(f"{self.seed} {self.task} {stage} {position}")
+        number = rng.randrange(len(self.vectors))
         scene = world.sample_scene(FIRST_SCENE + number, "train")
         record = record_about(scene, rng, self.task, size)
-        turns = make_sample(record, self.stage, rng, (size, size))
-        _, end_sym, max_txt_len = STAGES[self.stage]
-        row = encode_sample(turns, self.tokenizer, 1, self.num_queries, max_txt_len, end_sym)
+        turns = make_sample(record, stage, rng, (size, size))
+        _, end_sym, max_txt_len = STAGES[stage]
+        row = encode_sample(turns, tokenizer, 1, num_queries, max_txt_len, end_sym, max_length)
         return row | {"pixel_values": self.vectors[number][None]}
 
 

@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,11 +36,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import STAGES, format_box, inference_prompt, load_image, read_records
+from data import format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
 from experiments.command_line import key_values
 from experiments.scores import Count, metrics, score
-from generate import Answer, encode_images, prepare, push_answers
+from generate import Sampling, encode_images, start_answers
 from miniature import world
 from model import TinyGPTV
 
@@ -114,14 +115,17 @@ def groups_of(size: int, items: Iterable) -> Iterator[list]:
 def ask(
     model: TinyGPTV, image_embeds: Tensor, prompts: list[str], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Greedy answers to prompts about one picture each, and whether each was cut: generate.answer
-    for encoded pictures. image_embeds (num_prompts, num_queries, hidden_size)."""
-    batch = prepare(model, image_embeds, [1] * len(prompts), prompts)
-    answers = [Answer(model.tokenizer, STAGES[model.stage].end_sym) for _ in prompts]
-    for _ in push_answers(model, batch, answers, max_new_tokens):
-        pass  # the answers remember what they were told
-    cut = [not answer.finished for answer in answers]
-    return [(answer.shown + answer.close(), is_cut) for answer, is_cut in zip(answers, cut)]
+    """Greedy answers to prompts about one encoded picture each, and whether each was cut.
+    image_embeds (num_prompts, num_queries, hidden_size)."""
+    number = [1] * len(prompts)
+    answers, stream = start_answers(
+        model, image_embeds, number, prompts, Sampling(), max_new_tokens
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of cut answers, which are counted
+        for _ in stream:
+            pass  # the answers remember what they were told
+    return [(answer.shown, answer.cut) for answer in answers]
 
 
 def answered(

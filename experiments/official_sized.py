@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.command_line import report
-from generate import DTYPES
-from model import ModelConfig, TinyGPTV, set_dtype
+from model import DTYPES, ModelConfig, TinyGPTV, set_dtype
 
 GOLDEN = ROOT / "tests" / "golden"
 RESULT = ROOT / "experiments" / "results" / "official_sized.json"

@@ -122,6 +122,10 @@ def speed_table() -> str:
         cells = ["" if key not in row else f"{row[key]:.0%}" if key == "share"
                  else f"{row[key]:.3f} s" for key in columns]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "llama.cpp Q8_0" in speed["variants"]:
+        token, prompt = (speed["ratios"][f"{key}, llama.cpp Q8_0"] for key in ("token", "prefill"))
+        lines += ["", f"llama.cpp's token takes {token:.2f} times as long as that of int8, its "
+                  f"prompt {prompt:.2f} times."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -129,7 +133,8 @@ BARS = {"tokens a second": "token", "seconds for a picture, 224 px": "picture_22
         "seconds for a picture, 448 px": "picture_448",
         "seconds from a picture to 20 words": "caption"}  # fmt: skip
 BAR_COLORS = dict(zip(("int8", "int8 as it lies", "bf16", "bf16, fused attention",
-                       "dequantize, then multiply"), (*COLORS, "#999999")))  # fmt: skip
+                       "dequantize, then multiply", "llama.cpp Q8_0"),
+                      (*COLORS, "#999999", "#e08a1e")))  # fmt: skip
 
 
 def draw_speed(path: Path) -> None:
@@ -221,7 +226,7 @@ def attention_table() -> str:
 def agreement() -> str:
     """How many answers of the quantized miniature are those of the miniature itself."""
     found = result("agreement")
-    shares = ", ".join(f"{task} {share:.0%}" for task, share in found["by_task"].items())
+    shares = ", ".join(f"{task} {share:.1%}" for task, share in found["by_task"].items())
     return (f"Of {found['questions']:,} greedy answers about test scenes {found['same']:.1%} "
             f"are the very same: {shares}.")  # fmt: skip
 

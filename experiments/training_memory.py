@@ -40,10 +40,9 @@ sys.path.insert(0, str(ROOT))
 
 from data import IGNORE, IMAGE_TOKEN_ID
 from experiments.command_line import key_values
-from model import ModelConfig, RMSNorm, TinyGPTV, set_dtype
+from model import DTYPES, ModelConfig, RMSNorm, TinyGPTV, set_dtype
 from quantize import QUANTIZED, quantize_model
 from train import (
-    PRECISIONS,
     SCHEDULES,
     enter_stage,
     new_optimizer,
@@ -175,7 +174,7 @@ def shapes_of(config: Config, sizes: ModelConfig) -> TinyGPTV:
     """The model of the stage before (its sizes are given) in this stage, on the meta device."""
     with torch.device("meta"):
         model = TinyGPTV(replace(sizes))  # a copy, which the stage changes
-        set_dtype(model, PRECISIONS[config.precision])
+        set_dtype(model, DTYPES[config.precision])
         enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     return model
@@ -288,7 +287,7 @@ def parse_arguments(arguments: list[str]) -> Config:
     config = Config(**key_values(arguments, Config))
     if config.stage not in range(5):
         raise ValueError(f"stage={config.stage}: say stage=1, 2, 3 or 4, or nothing to see all")
-    for key, values in (("preset", SCHEDULES), ("precision", PRECISIONS)):
+    for key, values in (("preset", SCHEDULES), ("precision", DTYPES)):
         if getattr(config, key) not in values:
             raise ValueError(f"{key}={getattr(config, key)}: choose from {', '.join(values)}")
     for key in ("batch_size", "micro_batch_size", "tokens"):

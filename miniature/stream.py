@@ -4,7 +4,7 @@ import random
 
 from torch.utils.data import Dataset
 
-from data import Tokenizer, encode_record, plain_turns
+from data import Encoding, encode_record, plain_turns
 from miniature import world
 
 # How often each kind of record is drawn, as the official mixtures say it of their datasets.
@@ -28,21 +28,17 @@ class WorldDataset(Dataset):
     """Rows of one task. The scene depends on (stage, task, position) alone, its wording on the
     seed, too."""
 
-    def __init__(
-        self, task: str, stage: int, tokenizer: Tokenizer, image_size: int, num_queries: int,
-        seed: int,
-    ):  # fmt: skip
-        self.task, self.stage, self.seed = task, stage, seed
-        self.encoding = (stage, tokenizer, image_size, num_queries)
-        number = 10 * stage + (*world.TASKS, "chat").index(task)
+    def __init__(self, task: str, encoding: Encoding, seed: int):
+        self.task, self.encoding, self.seed = task, encoding, seed
+        number = 10 * encoding.stage + (*world.TASKS, "chat").index(task)
         self.first = FIRST_SEED + number * SEEDS_PER_TASK
 
     def __getitem__(self, position: int) -> dict:
         scene = world.sample_scene(self.first + position, "train")
-        rng = random.Random(f"{self.seed} {self.task} {self.stage} {position}")
-        size = self.encoding[2]
+        rng = random.Random(f"{self.seed} {self.task} {self.encoding.stage} {position}")
+        size = self.encoding.image_size
         record = record_about(scene, rng, self.task, size)
-        return encode_record(record, world.render(scene, size), rng, *self.encoding)
+        return encode_record(record, world.render(scene, size), rng, self.encoding)
 
 
 def record_about(scene: world.Scene, rng: random.Random, task: str, size: int) -> dict:
@@ -65,10 +61,7 @@ def conversation(scene: world.Scene, rng: random.Random, size: int) -> dict:
     return {"task": "chat", "turns": turns}
 
 
-def world_mixture(
-    stage: int, tokenizer: Tokenizer, image_size: int, num_queries: int, seed: int
-) -> tuple[list[WorldDataset], list[float]]:
+def world_mixture(encoding: Encoding, seed: int) -> tuple[list[WorldDataset], list[float]]:
     """The datasets of a stage and the ratios in which a step draws one of them."""
-    encoding = (stage, tokenizer, image_size, num_queries)
-    datasets = [WorldDataset(task, *encoding, seed) for task in RATIOS[stage]]
-    return datasets, list(RATIOS[stage].values())
+    ratios = RATIOS[encoding.stage]
+    return [WorldDataset(task, encoding, seed) for task in ratios], list(ratios.values())

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import (
-    RecordDataset, Tokenizer, encode_record, is_file_name, load_image, printable, read_records,
+    Encoding, RecordDataset, encode_record, is_file_name, load_image, printable, read_records,
     usable_row, validate_record,
 )  # fmt: skip
 
@@ -42,12 +42,8 @@ class ShardDataset(Dataset):
     that cannot be used is replaced by one of the next visit; "skipped" in the row says why.
     """
 
-    def __init__(
-        self, shards: list[Path], stage: int, tokenizer: Tokenizer, image_size: int,
-        num_queries: int, seed: int = 0,
-    ):  # fmt: skip
-        self.shards, self.seed = shards, seed
-        self.encoding = (stage, tokenizer, image_size, num_queries)
+    def __init__(self, shards: list[Path], encoding: Encoding, seed: int = 0):
+        self.shards, self.encoding, self.seed = shards, encoding, seed
         # The largest shard is not one that was cut. What others have beyond its number of pairs
         # is left to their next visit; those that have fewer begin again.
         self.visit = len(read_index(max(shards, key=os.path.getsize)))
@@ -57,7 +53,7 @@ class ShardDataset(Dataset):
 
     def _row(self, position: int) -> dict:
         visit, place = divmod(position, self.visit)
-        draw = np.random.default_rng((self.seed, self.encoding[0], visit))
+        draw = np.random.default_rng((self.seed, self.encoding.stage, visit))
         shard = self.shards[draw.integers(len(self.shards))]
         try:
             pairs = read_index(shard)
@@ -66,7 +62,7 @@ class ShardDataset(Dataset):
         except OSError as error:
             raise ValueError(f"cannot read a shard: {error}") from error
         rng = random.Random(f"{self.seed} {position}")
-        return encode_record(record, image, rng, *self.encoding)
+        return encode_record(record, image, rng, self.encoding)
 
 
 @lru_cache(maxsize=4)
@@ -157,15 +153,14 @@ def find_dataset(folder: Path, name: str) -> list[Path]:
 
 
 def folder_mixture(
-    folder: str | Path, stage: int, tokenizer: Tokenizer, image_size: int, num_queries: int,
-    seed: int, allow_missing: bool = False,
-) -> tuple[list[Dataset], list[float], list[int]]:  # fmt: skip
+    folder: str | Path, encoding: Encoding, seed: int, allow_missing: bool = False
+) -> tuple[list[Dataset], list[float], list[int]]:
     """The datasets of a stage in a folder, how often each is drawn, and its batch size.
 
     Raises ValueError if datasets are missing, unless they are allowed to and not all are.
     """
     folder = Path(folder)
-    mixture = read_mixture(folder, stage)
+    mixture = read_mixture(folder, encoding.stage)
     found = {name: find_dataset(folder, name) for name in mixture}
     present = [name for name in mixture if found[name]]
     if missing := [name for name in mixture if not found[name]]:
@@ -175,13 +170,12 @@ def folder_mixture(
                 f"{words}; make them with official/convert.py, go on without them with "
                 f"allow_missing=1, or say in {folder / 'mixture.json'} what there is"
             )
-        print(f"{words}; stage {stage} goes on without them", file=sys.stderr)
-    encoding = (stage, tokenizer, image_size, num_queries, seed)
+        print(f"{words}; stage {encoding.stage} goes on without them", file=sys.stderr)
     datasets: list[Dataset] = []
     for name in present:
         if found[name][0].suffix == ".tar":
-            datasets.append(ShardDataset(found[name], *encoding))
+            datasets.append(ShardDataset(found[name], encoding, seed))
         else:
-            datasets.append(RecordDataset(read_records(found[name][0]), *encoding))
+            datasets.append(RecordDataset(read_records(found[name][0]), encoding, seed))
     ratios, batch_sizes = zip(*(mixture[name] for name in present))
     return datasets, list(ratios), list(batch_sizes)

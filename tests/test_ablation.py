@@ -8,21 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from data import collate, encode_record
+from data import Encoding, collate, encode_record
 from experiments import ablation, ablation_report
-from experiments.ablation import FrozenNorm, Variant, freeze_norms, text_embeds
-from experiments.encoded_scenes import (
-    FIRST_SCENE,
-    PoolDataset,
-    encode_scenes,
-    fingerprint,
-    on_queries,
-)
+from experiments.ablation import ConstantNorm, Variant, make_constant, text_embeds
+from experiments.encoded_scenes import FIRST_SCENE, PoolDataset, encode_scenes, on_queries
+from experiments.fp16 import in_fp16, passes
 from miniature import stream, world
-from model import Phi, TinyGPTV
+from model import TinyGPTV
 from train import enter_stage, new_optimizer, set_trainable, to_device, train_step
 
 WEIGHTS = ablation.Config.weights
@@ -55,27 +49,25 @@ def entered(model: TinyGPTV, stage: int, variant: Variant) -> TinyGPTV:
     torch.manual_seed(1)
     for number in range(1, stage + 1):
         enter_stage(model, number, "mini")
-        variant.edit(model)
+        if number == variant.since:
+            variant.edit(model)
     set_trainable(model)
     return model.train()
 
 
 def rows_of(model: TinyGPTV, task: str, stage: int, vectors: torch.Tensor) -> PoolDataset:
     num_queries = model.config.qformer.num_queries
-    encoding = (model.tokenizer, model.image_size, num_queries)
-    return PoolDataset(task, stage, *encoding, 0, vectors)
+    encoding = Encoding(stage, model.tokenizer, model.image_size, num_queries)
+    return PoolDataset(task, encoding, 0, vectors)
 
 
 def pixel_row(model: TinyGPTV, task: str, stage: int, position: int, scenes: int) -> dict:
     """Row `position` of a PoolDataset as it would be with its picture."""
     rng = random.Random(f"0 {task} {stage} {position}")
     scene, size = world.sample_scene(FIRST_SCENE + rng.randrange(scenes), "train"), model.image_size
-    if task == "chat":
-        record = stream.conversation(scene, rng, size)
-    else:
-        record = world.sample_record(scene, rng, task, size)
+    record = stream.record_about(scene, rng, task, size)
     image = world.render(scene, size)
-    return encode_record(record, image, rng, stage, model.tokenizer, size, 32)
+    return encode_record(record, image, rng, Encoding(stage, model.tokenizer, size, 32))
 
 
 def one_step(model: TinyGPTV, rows: list[dict]) -> tuple[float, float]:
@@ -123,35 +115,39 @@ def test_without_lora_all_else_is_the_same(model):
     assert all(value.equal(weights[name]) for name, value in model.state_dict().items())
 
 
-FROZEN = {"no input LayerNorm": ("input_layernorm",), "no RMSNorm": ("post_layernorm",),
+NORMS = {"no input LayerNorm": ("input_layernorm",), "no RMSNorm": ("post_layernorm",),
           "no QK-norm": ("q_layernorm", "k_layernorm")}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FROZEN)
-def test_a_frozen_norm_begins_near_the_function_and_forgets_sizes(name, model):
-    """Less than a nat from its predictions, and linear: any size of x gives that size of y."""
-    plain = copy.deepcopy(model).phi
-    phi = entered(model, 1, VARIANTS[name]).eval().phi
-    frozen = [m for n, m in phi.named_modules() if n.endswith(FROZEN[name])]
-    assert len(frozen) == 6 * len(FROZEN[name])
-    assert all(isinstance(module, FrozenNorm) for module in frozen)
-    with torch.no_grad():
-        nats = [F.kl_div(log_probs(phi, text), log_probs(plain, text), reduction="batchmean",
-                         log_target=True).item() for text in text_embeds(model)]  # fmt: skip
-    assert 0 < sum(nats) / len(nats) < 1
+@pytest.mark.parametrize("name", NORMS)
+def test_a_constant_norm_forgets_sizes(name, model):
+    """It is linear: any size of x gives that size of y. All six layers have it, in every stage."""
+    phi = entered(model, 4, VARIANTS[name]).phi
+    constant = [m for n, m in phi.named_modules() if n.endswith(NORMS[name])]
+    assert len(constant) == 6 * len(NORMS[name])
+    assert all(isinstance(module, ConstantNorm) for module in constant)
     x = torch.randn(1, 6, 5, 32) if "QK" in name else torch.randn(1, 5, 192)
-    zero, one, two = (frozen[0](k * x) for k in (0, 1, 2))
+    zero, one, two = (constant[0](k * x) for k in (0, 1, 2))
     assert torch.allclose(two - one, one - zero, atol=1e-4) and not torch.allclose(two, one)
 
 
-def log_probs(phi: Phi, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    return phi.lm_head(phi(inputs_embeds))[0].log_softmax(-1)  # (T, vocab_size)
+def test_what_an_edit_costs_before_any_training(pool, monkeypatch):
+    monkeypatch.setattr(ablation, "UNTRAINED_ROWS", 8)
+    config = ablation.Config(scenes=6)
+    names = ("full", "no LoRA", "no RMSNorm", "one linear map", "16 queries")
+    full, no_lora, no_norm, one_map, few = (
+        ablation.untrained_loss(VARIANTS[name], config, pool) for name in names
+    )
+    assert full < no_norm < few and full < 0.6
+    assert no_lora == pytest.approx(full, abs=0.02)  # merged, which is the same function
+    assert one_map == pytest.approx(full, abs=0.02)
+    assert ablation.untrained_loss(VARIANTS["pooled patches"], config, pool) is None
 
 
-def test_frozen_norms_keep_what_learns(model):
+def test_constant_norms_keep_what_learns(model):
     full = entered(copy.deepcopy(model), 4, Variant())
     learns = {name for name, p in full.named_parameters() if p.requires_grad}
-    for name in FROZEN:
+    for name in NORMS:
         edited = entered(copy.deepcopy(model), 4, VARIANTS[name])
         assert {n for n, p in edited.named_parameters() if p.requires_grad} == learns
 
@@ -163,12 +159,12 @@ def test_constants_are_means_over_the_tokens(name, shape, model):
     block = model.phi.layers[0]
     parent = block if name in block._modules else block.self_attn
     norm = getattr(parent, name)
-    freeze_norms(model, (name,))
-    frozen = getattr(parent, name)
-    assert frozen.mean.numel() == frozen.scale.numel() == (6 if len(shape) == 4 else 1)
+    make_constant(model, (name,))
+    constant = getattr(parent, name)
+    assert constant.mean.numel() == constant.scale.numel() == (6 if len(shape) == 4 else 1)
     x = torch.randn(shape)
     x = (x - x.mean(-1, keepdim=True)) / x.std(-1, unbiased=False, keepdim=True)
-    assert torch.allclose(frozen(x / frozen.scale + frozen.mean), norm(x), atol=1e-3)
+    assert torch.allclose(constant(x / constant.scale + constant.mean), norm(x), atol=1e-3)
 
 
 def test_one_linear_map_begins_as_the_two(model):
@@ -180,7 +176,7 @@ def test_one_linear_map_begins_as_the_two(model):
 
 
 @pytest.mark.parametrize("name, seen", [
-    ("without right and bottom", 24), ("MLP", 32), ("pooled patches", 32),
+    ("24 queries", 24), ("MLP", 32), ("pooled patches", 32),
 ])  # fmt: skip
 def test_other_bridges_learn_and_answer(name, seen, model, pool):
     """From the pool what pixels would give, through the parts that evaluation uses."""
@@ -211,28 +207,47 @@ def test_resolution_and_mixture(model):
 
 def test_fp16_loses_what_is_too_small_or_too_large(model, pool):
     """As it is, next to nothing; with weights 10,000 times as large no batch is left. Of a
-    gradient a million times as small most is gone."""
-    model = entered(model, 1, Variant())
+    gradient a million times as small most is gone, but not with a loss scale."""
+    model = entered(model, 2, Variant())
     rows = rows_of(model, "caption", 1, pool["queries 112"])
     batch = to_device(collate([rows[n] for n in range(2)], model.tokenizer.pad_token_id), "cpu")
-    as_it_is = ablation.in_fp16(model, [batch])
-    assert as_it_is["fp16_bad"] == 0 and as_it_is["fp16_lost"] < 0.01
-    assert 1 < as_it_is["largest_activation"] < 1000
+    as_it_is = in_fp16(model, [batch])
+    assert as_it_is["not_finite"] == 0 and as_it_is["lost"] < 0.01
+    assert 1 < as_it_is["activation"] < 1000 and 1 < as_it_is["score"] < 1000
     large = copy.deepcopy(model)
     large.phi.layers[3].mlp.fc1.weight.data *= 1e4
-    overflown = ablation.in_fp16(large, [batch])
-    assert overflown["fp16_bad"] == 1 and overflown["fp16_lost"] is None
+    overflown = in_fp16(large, [batch])
+    assert overflown["not_finite"] == 1 and overflown["lost"] is None
     scores = copy.deepcopy(model)  # which the norm of q and k keeps small
     scores.phi.layers[3].self_attn.k_layernorm.weight.data *= 1e4
-    assert ablation.in_fp16(scores, [batch])["fp16_bad"] == 1
+    too_large = in_fp16(scores, [batch])
+    assert too_large["not_finite"] == 1 and too_large["score"] > 65504
+    broken = copy.deepcopy(model)
+    broken.phi.layers[3].mlp.fc1.weight.data[0] = float("nan")
+    assert in_fp16(broken, [batch])["activation"] is None
     model.phi.final_layernorm.weight.data *= 1e-6
-    assert ablation.in_fp16(model, [batch])["fp16_lost"] > 0.5
+    small = in_fp16(model, [batch])
+    assert small["lost"] > 0.5 and small["lost_scaled"] < small["lost"] / 2
+
+
+def test_the_gradient_that_fp16_is_judged_by_is_that_of_all_variants(model, pool):
+    """LoRA is not among it, and a loss scale is divided out again."""
+    model = entered(model, 2, Variant())
+    rows = rows_of(model, "caption", 1, pool["queries 112"])
+    batch = to_device(collate([rows[0]], model.tokenizer.pad_token_id), "cpu")
+    plain, scaled = passes(model, batch, torch.float32), passes(model, batch, torch.float32, 8.0)
+    shared = [p.numel() for n, p in model.named_parameters()
+              if p.requires_grad and ".lora_" not in n]  # fmt: skip
+    assert plain.gradient.numel() == sum(shared)
+    assert torch.allclose(plain.gradient, scaled.gradient, rtol=1e-4, atol=1e-7)
+    assert plain.loss == scaled.loss
 
 
 def test_a_run_is_written_once(model, pool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results")
     monkeypatch.setitem(ablation.STUDIES, "norms", {"no RMSNorm": VARIANTS["no RMSNorm"]})
     monkeypatch.setattr(ablation, "FP16_BATCHES", 1)
+    monkeypatch.setattr(ablation, "UNTRAINED_ROWS", 4)
     arguments = ["seeds=1", "steps=2,1,1,1", "batch_size=2", "n=2", "scenes=4", f"pool={tmp_path}"]
     assert ablation.main(arguments) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -240,7 +255,8 @@ def test_a_run_is_written_once(model, pool, tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert path.name == "no-rmsnorm-0.json" and set(result["stages"]) == {"1", "2", "3", "4"}
     assert result["stages"]["1"]["loss"] > 1 and result["stages"]["1"]["bad_steps"] == 0
-    assert told["no RMSNorm"]["loss"] == round(result["stages"]["4"]["loss"], 4)
+    assert told["no RMSNorm"]["vqa"] == round(result["vqa"]["mean"], 4)
+    assert result["untrained"] > 0 and len(result["stages"]["4"]["fp16"]) == 2
     written = path.stat().st_mtime_ns
     assert ablation.main(arguments) == 0 and path.stat().st_mtime_ns == written
     assert ablation.main([*arguments, "n=3"]) == 2
@@ -249,7 +265,8 @@ def test_a_run_is_written_once(model, pool, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argument, said", [
     ("study=norm", "choose from norms, queries"), ("steps=1,2,3", "say four numbers"),
-    ("steps=1,2,3,x", "say four numbers"), ("seeds=0", "1 or more"), ("seed=1", "did you mean"),
+    ("steps=1,2,3,x", "say four numbers"), ("seeds=0", "1 or more"),
+    ("batch_size=-1", "0 or more"), ("seed=1", "did you mean"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(argument, said, capsys):
     assert ablation.main([argument]) == 2
@@ -260,51 +277,82 @@ def test_wrong_arguments_are_one_line(argument, said, capsys):
 # ---- the report ----
 
 
-def fake_result(folder: Path, study: str, name: str, seed: int, loss: float | None) -> None:
+def fake_result(
+    folder: Path, study: str, name: str, seed: int, loss: float | None, **changed
+) -> None:
     """A run's file as ablation.py writes it, with losses 4, 3, 2 times `loss` before the last."""
-    about = {"grad_norm_median": 0.5, "grad_norm_max": 1.5 + seed, "bad_steps": 0,
-             "fp16_bad": 0.25, "fp16_lost": loss and 0.001, "largest_activation": 30.0}  # fmt: skip
+    fp16 = {"not_finite": 0.25, "lost": loss and 0.001, "lost_scaled": 0.0, "activation": 30.0,
+            "score": None if loss is None else 1234.0}  # fmt: skip
+    about = {"grad_norm_median": 0.5, "grad_norm_max": 2.0 + seed, "bad_steps": 1,
+             "fp16": [fp16, fp16 | {"not_finite": 0.0}]}  # fmt: skip
     stages = {str(5 - times): {"loss": loss and times * loss} | about for times in (4, 3, 2, 1)}
-    scores = {key: 0.1 * seed + 0.5 for key in ("caption_f1", "refer_iou50", "identify",
-                                                "detection_f1", "grounding_f1")}  # fmt: skip
-    weights = fingerprint(ablation.Config.weights, ablation.BACKBONES)
-    result = {"variant": name, "weights": weights, "stages": stages,
-              "vqa": {"color": 1.0, "mean": 0.9}} | scores  # fmt: skip
+    scores = {key: 0.1 * seed + (0.5 if name == "full" else 0.25) for key in (
+        "caption_f1", "refer_iou50", "identify", "detection_f1", "grounding_f1")}  # fmt: skip
+    described = ablation.described(ablation.Config(study=study), name, seed)
+    result = described | {"untrained": 0.2, "stages": stages} | scores | {"vqa": {"mean": 0.9}}
     path = folder / study / f"{name}-{seed}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result | changed))
 
 
-def test_the_report_has_mean_and_spread(tmp_path, monkeypatch):
+@pytest.fixture
+def two_variants(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(ablation_report, "RESULTS", tmp_path)
+    few = {name: VARIANTS[name] for name in ("full", "no QK-norm")}
+    studies = {"norms": few, "projection": {"MLP": VARIANTS["MLP"]}}
+    for study, variants in studies.items():
+        monkeypatch.setitem(ablation_report.STUDIES, study, variants)
+    return tmp_path
+
+
+def rows_of_tables() -> dict[str, list[str]]:
+    """By the first cell of a row and its length."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in ablation_report.ablation_section().splitlines()]  # fmt: skip
+    return {f"{row[0]} {len(row)}": row[1:] for row in rows}
+
+
+def test_the_report_has_mean_and_spread(two_variants):
     assert ablation_report.ablation_section() == "Not run yet with the shipped weights."
-    ablation_report.draw_ablation(tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    ablation_report.draw_ablation(two_variants / "none.png")
+    assert not (two_variants / "none.png").exists()
     for seed in (0, 1):
-        fake_result(tmp_path, "norms", "full", seed, 0.2 + 0.1 * seed)
-        fake_result(tmp_path, "norms", "no QK-norm", seed, None if seed else 0.5)
-    fake_result(tmp_path, "projection", "MLP", 0, 0.3)
-    cells = {}
-    for line in ablation_report.ablation_section().splitlines():
-        name, *values = [cell.strip() for cell in line.strip("|").split("|")]
-        cells[name] = values
-    assert cells["full"][:5] == ["1.000 ± 0.283", "0.750 ± 0.212", "0.500 ± 0.141",
-                                 "0.250 ± 0.071", "2.620, 2.343, 1.125, 1.330"]  # fmt: skip
-    assert cells["full"][5:] == ["0.50, 2.5", "0.10%", "25%", "30"]
-    assert cells["no QK-norm"][:5] == ["not finite"] * 4 + ["vanish"]
-    assert cells["no QK-norm"][6] == "0.10%"  # of the run that has it
-    assert cells["full (2)"] == ["0.550 ± 0.071", "0.900 ± 0.000"] + ["0.550 ± 0.071"] * 4
-    assert cells["MLP (1)"][:2] == ["0.500", "0.900"] and "no LoRA" not in cells
+        fake_result(two_variants, "norms", "full", seed, 0.2 + 0.1 * seed)
+        fake_result(two_variants, "norms", "no QK-norm", seed, None if seed else 0.5)
+    fake_result(two_variants, "projection", "MLP", 0, 0.3)
+    rows = rows_of_tables()
+    losses = rows["full 10"]
+    assert losses[:5] == ["0.200", "1.000 ± 0.283", "0.750 ± 0.212", "0.500 ± 0.141",
+                          "0.250 ± 0.071"]  # fmt: skip
+    assert losses[5:] == ["2.620, 2.343, 1.125, 1.330", "0.50, 0.50, 0.50, 0.50", "3", "8"]
+    assert rows["no QK-norm 10"][1:6] == ["not finite"] * 4 + ["vanish"]
+    assert rows["full 11"] == ["25%", "0.10%", "0.00%", "30", "1,234",
+                               "0%", "0.10%", "0.00%", "30", "1,234"]  # fmt: skip
+    assert rows["no QK-norm 11"][1] == "0.10%"  # of the run that has it
+    assert rows["no QK-norm 11"][4] == "inf"
+    assert rows["full (2) 7"] == ["0.550 ± 0.071", "0.900 ± 0.000"] + ["0.550 ± 0.071"] * 4
+    without = "0.300 ± 0.071 (-0.250 ± 0.000)"  # seed by seed
+    assert rows["no QK-norm (2) 7"][0] == without
+    assert rows["MLP (1) 7"][:2] == ["0.250 (-0.250)", "0.900 (+0.000)"]
 
 
-def test_the_picture_has_a_dot_for_each_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation_report, "RESULTS", tmp_path)
-    fake_result(tmp_path, "norms", "full", 0, 0.25)
-    ablation_report.draw_ablation(tmp_path / "a.png")
-    fake_result(tmp_path, "norms", "no LoRA", 0, 0.2)
-    ablation_report.draw_ablation(tmp_path / "b.png")
+@pytest.mark.parametrize("changed", [{"steps": "9,9,9,9"}, {"n": 3}, {"weights": "0"},
+                                     {"variant": "no MLP"}])  # fmt: skip
+def test_runs_of_another_kind_are_left_out(changed, two_variants):
+    fake_result(two_variants, "norms", "full", 0, 0.2)
+    fake_result(two_variants, "norms", "no QK-norm", 0, 0.2, **changed)
+    assert ablation_report.read_runs("norms") == {}  # half a study is none
+    fake_result(two_variants, "norms", "no QK-norm", 0, 0.2, precision="another")
+    assert ablation_report.read_runs("norms").keys() == {"full", "no QK-norm"}
+
+
+def test_the_picture_has_a_dot_for_each_run(two_variants):
     red = list(bytes.fromhex(ablation_report.VARIANT_COLORS[1][1:]))
-    legend, both = (
-        (np.asarray(Image.open(tmp_path / f"{name}.png")) == red).all(-1).sum() for name in "ab"
-    )
-    assert 0 < legend < both / 5  # ten dots more
+    colored = []
+    for seeds in (1, 2):
+        fake_result(two_variants, "norms", "full", seeds - 1, 0.25)
+        fake_result(two_variants, "norms", "no QK-norm", seeds - 1, 0.1 * seeds)
+        ablation_report.draw_ablation(two_variants / "a.png")
+        picture = np.asarray(Image.open(two_variants / "a.png"))
+        colored.append((picture == red).all(-1).sum())
+    assert colored[0] > 300 and colored[1] > 1.6 * colored[0]  # dots of 40 pixels

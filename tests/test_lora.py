@@ -26,7 +26,7 @@ def fill(phi):
 
 
 def test_the_detour():
-    layer = LoRALinear(4, 5, CONFIG).eval()
+    layer = LoRALinear(nn.Linear(4, 5), CONFIG).eval()
     nn.init.normal_(layer.lora_B.weight)
     x = torch.randn(2, 4)
     plain = x @ layer.weight.T + layer.bias
@@ -35,7 +35,7 @@ def test_the_detour():
 
 def test_dropout_is_on_the_detour_only():
     torch.manual_seed(0)
-    layer, x = LoRALinear(4, 5, CONFIG).train(), torch.randn(2, 4)
+    layer, x = LoRALinear(nn.Linear(4, 5), CONFIG).train(), torch.randn(2, 4)
     assert torch.equal(layer(x), layer(x))  # B is zero, and so the dropped detour
     nn.init.normal_(layer.lora_B.weight)
     assert not torch.equal(layer(x), layer(x))

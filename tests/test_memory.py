@@ -77,7 +77,8 @@ WAYS = {
 def test_the_plan_is_what_a_real_step_takes(way: str, one_thread: None):
     config, sizes = mini(4, **WAYS[way])
     options = {"precision": config.precision, "checkpointing": config.checkpointing}
-    model = train.prepare_model(train.settled(train.TrainConfig(stage=4, **options)), {}, "cpu")
+    train_config = train.with_defaults(train.TrainConfig(stage=4, **options))
+    model = train.prepare_model(train_config, {}, "cpu")
     before, added = real_step(config, model)
     plan = rehearse(config, sizes, on_gpu=False).peak.total()
     assert plan - before == pytest.approx(added, rel=0.025)
@@ -194,7 +195,7 @@ def test_all_stages_beside_the_goals(tmp_path, monkeypatch, capsys):
     [
         (["stage=5"], "stage=1, 2, 3 or 4"),
         (["stage=1", "preset=tiny"], "choose from full, mini"),
-        (["stage=1", "precision=int4"], "choose from bf16, fp16, fp32"),
+        (["stage=1", "precision=int4"], "choose from fp32, bf16, fp16"),
         (["stage=1", "tokens=33"], "34 to 2048"),
         (["stage=1", "batch_size=-1"], "say how many"),
         (["checkpointing=1"], "for which stage"),

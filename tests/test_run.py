@@ -18,7 +18,7 @@ import train
 from data import Tokenizer, collate, encode_sample
 from experiments import run_log
 from model import TinyGPTV
-from train import new_optimizer, prepare_model, settled, train_step
+from train import new_optimizer, prepare_model, with_defaults, train_step
 
 ROOT = Path(__file__).parent.parent
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model() -> TinyGPTV:
     """The shipped stage 2 in fp32, ready to learn, without dropout."""
-    config = settled(train.TrainConfig(stage=3, precision="fp32"))
+    config = with_defaults(train.TrainConfig(stage=3, precision="fp32"))
     return prepare_model(config, {}, "cpu").eval()
 
 
@@ -81,7 +81,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(model, rows, size):
 
 
 def test_checkpointing_changes_no_gradient(rows):
-    config = settled(train.TrainConfig(stage=3, precision="fp32"))
+    config = with_defaults(train.TrainConfig(stage=3, precision="fp32"))
     plain = gradients(prepare_model(config, {}, "cpu"), [collate(rows, 0)])  # with dropout
     config.checkpointing = True
     torch.manual_seed(config.seed)
@@ -92,7 +92,7 @@ def test_checkpointing_changes_no_gradient(rows):
 def test_frozen_weights_in_int8_leave_nearly_the_same_gradient(rows):
     micro, found = [collate(rows, 0)], {}
     for int8 in (False, True):
-        config = settled(train.TrainConfig(stage=3, precision="bf16", int8=int8))
+        config = with_defaults(train.TrainConfig(stage=3, precision="bf16", int8=int8))
         model = prepare_model(config, {}, "cpu").eval()
         found[int8] = torch.cat([g.flatten() for g in gradients(model, micro).values()])
         dtypes = {p.dtype for name, p in model.phi.layers.named_parameters() if "int8" in name}
@@ -109,7 +109,7 @@ def test_int8_is_for_bf16(tmp_path: Path, capsys):
 
 def test_clipping_shortens_the_gradient(model, rows):
     optimizer, batch = new_optimizer(model), train.to_device(collate(rows, 0), "cpu")
-    _, norm = train_step(model, optimizer, NO_SCALING, [batch], lr=0.0, clip=0.01)
+    _, norm = train_step(model, optimizer, NO_SCALING, [batch], lr=0.0, grad_clip=0.01)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert norm > 0.02 and torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, 1e-3)
 
@@ -194,7 +194,8 @@ def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, capsys):
     assert "no run that could go on" in capsys.readouterr().err
     assert run(tmp_path / "run", "steps=4", "save_every=2") == 0
     with open(tmp_path / "run/train_state.pt", "wb") as file:
-        torch.save({"config": vars(settled(train.TrainConfig(stage=1))), "world_size": 2}, file)
+        config = vars(with_defaults(train.TrainConfig(stage=1)))
+        torch.save({"config": config, "world_size": 2}, file)
     assert run(tmp_path / "run", "steps=4", "resume=1") == 2
     told = capsys.readouterr().err
     assert "stage=1" in told and "processes=2" in told and "seed=42" in told
@@ -231,7 +232,7 @@ def test_what_another_model_has_learned_is_refused(model):
     learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     del learned["projector.fc2.weight"]
     with pytest.raises(ValueError, match="of another model; not in both: projector.fc2.weight$"):
-        prepare_model(settled(train.TrainConfig(stage=3)), learned, "cpu")
+        prepare_model(with_defaults(train.TrainConfig(stage=3)), learned, "cpu")
 
 
 def test_a_full_disk_takes_nothing_that_was_saved(tmp_path: Path, monkeypatch, capsys):
@@ -400,7 +401,8 @@ def test_a_signal_to_the_whole_group_ends_the_step_and_saves(tmp_path: Path):
 
 
 @pytest.mark.parametrize("option, reason", [
-    ("clip=-1", "0 or more"), ("clip=nan", "0 or more"), ("micro_batch_size=-1", "0 or more"),
+    ("grad_clip=-1", "0 or more"), ("grad_clip=nan", "0 or more"),
+    ("micro_batch_size=-1", "0 or more"),
     ("device=gpu", "device=gpu"),
 ])  # fmt: skip
 def test_numbers_that_no_run_can_have(tmp_path: Path, capsys, option, reason):

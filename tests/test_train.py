@@ -108,7 +108,7 @@ def test_negative_warmup_rate_means_no_ramp():
         ("stage=7", "stage=1, 2, 3 or 4"),
         ("from_stage=2", "stage 1 can't follow it"),
         ("preset=tiny", "choose from full, mini"),
-        ("precision=int4", "choose from bf16, fp16, fp32"),
+        ("precision=int4", "choose from fp32, bf16, fp16"),
         ("resume=maybe", "not 1 or 0"),
         ("save_every=0", "after how many steps"),
     ],
