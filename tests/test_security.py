@@ -135,7 +135,8 @@ def calls_in(path: Path) -> list[tuple[str, ast.Call]]:
 
 def test_nothing_in_the_code_can_run_what_it_reads():
     """No unpickling but of names that are plain, no eval, no shell, no unpacking to the disk."""
-    files = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts]
+    folders = ("experiments", "miniature", "official")  # and not an environment beside them
+    files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).glob("*.py"))]
     assert len(files) > 25
     forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "np.load", "os.system"}
     for path in files:
