@@ -208,14 +208,21 @@ def left_edge_gap(scene: world.Scene) -> float:
     return min((b - a for a, b in itertools.pairwise(edges)), default=1.0)
 
 
+def draw_scene(seed: int, most: int, rng: random.Random) -> world.Scene:
+    """A scene of at most so many objects; every other time, by chance, the hardest of eight (see
+    left_edge_gap) that has as many objects as the first: if hard scenes had more of them than
+    others, Phi would come to expect more."""
+    drawn = [world.sample_scene(seed + n, "train", most) for n in range(rng.choice((1, 8)))]
+    alike = [scene for scene in drawn if len(scene.objects) == len(drawn[0].objects)]
+    return min(alike, key=left_edge_gap)
+
+
 class LanguageScenes(IterableDataset):
     """Batches of scenes written out, with what stages 1, 3 and 4 will say of them, without end,
     for one worker.
 
     The first `first` batches have FIRST_TASKS only, and up to batch `easy` there are at most two
     objects and exact boxes: to tell two apart is learned before four, to copy before to compare.
-    Every other row, by chance, shows the hardest of eight scenes (see left_edge_gap) that has as
-    many objects as the first: if hard scenes had more objects than others, so would answers.
     """
 
     def __init__(self, tokenizer: Tokenizer, batch_size: int, first: int, easy: int):
@@ -232,11 +239,7 @@ class LanguageScenes(IterableDataset):
     def row(self, seed: int, number: int) -> dict:
         most = 2 if number < self.easy else world.MAX_OBJECTS
         rng = random.Random(seed)
-        drawn = [world.sample_scene(seed + n, "train", most) for n in range(rng.choice((1, 8)))]
-        scene = min(
-            (scene for scene in drawn if len(scene.objects) == len(drawn[0].objects)),
-            key=left_edge_gap,
-        )
+        scene = draw_scene(seed, most, rng)
         weights = FIRST_TASKS if number < self.first else LATER_TASKS
         stage = 4 if number < self.first else rng.choices((1, 3, 4), (1, 1, 10))[0]
         if stage == 4:

@@ -263,6 +263,18 @@ def test_a_run_is_written_once(model, pool, tmp_path, monkeypatch, capsys):
     assert "was made with n=2" in capsys.readouterr().err
 
 
+def test_an_edit_comes_once_with_its_stage(pool, tmp_path, monkeypatch):
+    """And once more to the finished model, to see what it does untrained."""
+    edited = []
+    variant = Variant(lambda model: edited.append(model.stage), since=3)
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(ablation.STUDIES, "norms", {"seen": variant})
+    monkeypatch.setattr(ablation, "FP16_BATCHES", 1)
+    monkeypatch.setattr(ablation, "UNTRAINED_ROWS", 2)
+    arguments = ["seeds=1", "steps=1,1,1,1", "batch_size=1", "n=1", "scenes=4", f"pool={tmp_path}"]
+    assert ablation.main(arguments) == 0 and edited == [3, 4]
+
+
 @pytest.mark.parametrize("argument, said", [
     ("study=norm", "choose from norms, queries"), ("steps=1,2,3", "say four numbers"),
     ("steps=1,2,3,x", "say four numbers"), ("seeds=0", "1 or more"),

@@ -90,6 +90,16 @@ def test_pairs_are_what_two_objects_share_and_how_they_lie():
     assert table[2:].sum() == table[:, 2:].sum() == 0
 
 
+def test_hard_scenes_are_near_each_other_and_no_fuller():
+    plain = [world.sample_scene(8 * seed, "train", 4) for seed in range(200)]
+    drawn = [language.draw_scene(8 * seed, 4, random.Random(seed)) for seed in range(200)]
+    assert [len(scene.objects) for scene in drawn] == [len(scene.objects) for scene in plain]
+    same = sum(a == b for a, b in zip(drawn, plain))
+    assert 100 < same < 170  # half, and those that are the hardest themselves
+    gaps = [sum(map(language.left_edge_gap, scenes)) for scenes in (drawn, plain)]
+    assert gaps[0] < 0.95 * gaps[1]
+
+
 def test_a_row_of_text_holds_the_scene_and_its_loss_reaches_every_part():
     tokenizer, rng = Tokenizer(WEIGHTS), random.Random(1)
     turns = language.scene_turns(SCENE, rng, ["vqa", "refer", language.ANY_ORDER])

@@ -150,6 +150,17 @@ def test_training_on_records_of_ones_own(tmp_path, capsys: pytest.CaptureFixture
     assert train.main([*arguments, f"out={tmp_path / 'out'}"]) == 0
 
 
+def test_rows_fit_the_model():
+    """Each stage's rows have its resolution, and no more tokens than Phi has positions."""
+    with torch.device("meta"):
+        model = TinyGPTV(ModelConfig.preset("mini", stage=4))
+    model.tokenizer = None
+    datasets, _, _ = train.open_data(train.TrainConfig(stage=4), 4, model)
+    for rows in datasets:
+        assert rows.encoding.max_length == model.config.phi.max_position_embeddings == 512
+        assert rows.encoding.image_size == 224 and rows.encoding.num_queries == 32
+
+
 def test_mixture_takes_every_position_once_in_the_ratio_of_the_datasets():
     def steps(count, **options):
         return list(itertools.islice(train.mixture_batches([3, 1], [4, 2], 0, **options), count))
