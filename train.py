@@ -20,6 +20,7 @@ A run can be stopped at any moment, by Ctrl-C or by force, and goes on with resu
 had happened: what a step does depends on the weights, the optimizer and the step's number alone.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -282,6 +283,12 @@ def join_processes(device: str) -> tuple[str, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def shared(model: nn.Module) -> DistributedDataParallel:
+    """The model, its gradients the mean of those of all processes, also where the pictures that
+    give the projections theirs are in the batches of others."""
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
 def add_up(values: list[float], device: str) -> list[float]:
     """The sums of each value over all processes."""
     if not dist.is_initialized():
@@ -370,10 +377,10 @@ def schedule_of(config: TrainConfig) -> Schedule:
     return schedule
 
 
-def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device: str) -> TinyGPTV:
-    """The model of an earlier stage, made ready for this one. trained: what a run that goes on has
-    learned so far, or {}. Raises ValueError if that is not just what learns here, or if the weights
-    are quantized."""
+def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
+    """The model of an earlier stage, made ready for this one. state: of `read_state`, for a run
+    that goes on, or {}. Raises ValueError if that is of other weights, or the weights are
+    quantized."""
     torch.manual_seed(config.seed)  # of parameters that no file has
     dtype = DTYPES[config.precision]
     place = "cpu" if config.int8 else device  # in bf16 a small GPU has no room for them
@@ -382,19 +389,38 @@ def prepare_model(config: TrainConfig, trained: dict[str, torch.Tensor], device:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    if trained and trained.keys() != trainable:
-        names = ", ".join(sorted(trained.keys() ^ trainable))
-        raise ValueError(f"{config.out}/train_state.pt is of another model; not in both: {names}")
-    model.load_state_dict(trained, strict=False)
     if config.int8:
         quantize_model(model)
+    if state:
+        take_up(model, state, config)
     if config.checkpointing:
         recompute_layers(model.phi)
     if config.compile:
         for block in model.phi.layers:
             block.compile()
     return model.to(device).train()  # the dropout of LoRA and Phi is on
+
+
+def take_up(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
+    """Gives the model what a run has learned so far. Raises ValueError if that is not just what
+    learns here, or if it was learned with other frozen weights."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if state["model"].keys() != trainable:
+        names = ", ".join(sorted(state["model"].keys() ^ trainable))
+        raise ValueError(f"{config.out}/train_state.pt is of another model; not in both: {names}")
+    if state["frozen"] != frozen_hash(model):
+        raise ValueError(f"the run in {config.out} began with other weights than those in "
+                         f"{config.weights}; give it its own to go on")  # fmt: skip
+    model.load_state_dict(state["model"], strict=False)
+
+
+def frozen_hash(model: TinyGPTV) -> str:
+    """A short hash of the first numbers of every frozen tensor: all of them would take minutes."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            digest.update(parameter.flatten()[:64].float().cpu().numpy())
+    return digest.hexdigest()[:16]
 
 
 def recompute_layers(phi: Phi) -> None:
@@ -425,7 +451,8 @@ def save_state(
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     state = {
         "config": asdict(config), "world_size": world_size, "step": step, "model": trained,
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        "frozen": frozen_hash(model), "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
     }  # fmt: skip
     with replace_file(Path(config.out) / "train_state.pt") as path:
         torch.save(state, path)
@@ -510,16 +537,13 @@ def train(config: TrainConfig) -> int:
     config = with_defaults(config)
     device, rank, world_size = join_processes(config.device)
     log = RunLog(Path(config.out), config.resume, quiet=rank > 0)
-    state = read_state(config, world_size) if config.resume else {"step": 0, "model": {}}
-    start, schedule = state["step"], schedule_of(config)
-    model = prepare_model(config, state["model"], device)
-    runner = model
-    if world_size > 1:
-        # find_unused: without a picture the projections have no gradient
-        runner = DistributedDataParallel(model, find_unused_parameters=True)
+    state = read_state(config, world_size) if config.resume else {}
+    start, schedule = state.get("step", 0), schedule_of(config)
+    model = prepare_model(config, state, device)
+    runner = shared(model) if world_size > 1 else model
     stream = batches(config, schedule.batch_size, model, start, rank, world_size)
     optimizer, scaler = new_optimizer(model), new_scaler(config, device)
-    if config.resume:
+    if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     log.tell(model.load_report)

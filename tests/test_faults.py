@@ -124,7 +124,8 @@ COVERED = """
     test_faults.py::test_killed_in_the_middle_of_a_save
 23 resume
     test_run.py::test_a_run_goes_on_to_the_same_bit
-    test_run.py::test_state_of_the_optimizer_goes_on_too
+    test_run.py::test_the_states_of_optimizer_and_scaler_go_on_too
+    test_run.py::test_a_run_goes_on_with_its_own_frozen_weights
     test_run.py::test_a_run_is_not_mixed_with_another
 24 answers of different lengths
     test_run.py::test_micro_batches_have_the_gradient_of_the_whole_batch

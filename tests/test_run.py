@@ -123,7 +123,7 @@ def test_nothing_to_learn_from_changes_nothing(model, rows):
 
 
 def test_a_run_goes_on_to_the_same_bit(whole: Path, tmp_path: Path, monkeypatch):
-    """Ctrl-C in step 4, whose end is waited for; then the other two."""
+    """Ctrl-C in step 4, whose end is waited for; then the other two, with batches from workers."""
     steps = []
 
     def stopped_in_step_4(*arguments):
@@ -136,7 +136,7 @@ def test_a_run_goes_on_to_the_same_bit(whole: Path, tmp_path: Path, monkeypatch)
     assert run(tmp_path / "run", "steps=6") == 130
     state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)
     assert state["step"] == 4 and len(losses(tmp_path / "run")) == 4
-    assert run(tmp_path / "run", "steps=6", "resume=1") == 0
+    assert run(tmp_path / "run", "steps=6", "resume=1", "num_workers=2") == 0
     assert weights(tmp_path / "run") == weights(whole)
     assert losses(tmp_path / "run") == losses(whole) and len(steps) == 6
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -144,16 +144,19 @@ def test_a_run_goes_on_to_the_same_bit(whole: Path, tmp_path: Path, monkeypatch)
     }  # fmt: skip
 
 
-def test_state_of_the_optimizer_goes_on_too(tmp_path: Path, monkeypatch):
+def test_the_states_of_optimizer_and_scaler_go_on_too(tmp_path: Path, monkeypatch):
+    """In fp16, whose scaler counts its steps."""
     monkeypatch.setattr(train, "finish", lambda config: None)  # which drops the state
-    assert run(tmp_path / "whole", "steps=4") == 0
+    assert run(tmp_path / "whole", "steps=4", "precision=fp16") == 0
     monkeypatch.setattr(train.RunLog, "check", fail_at_step(3))
-    assert run(tmp_path / "run", "steps=4", "save_every=2") == 2
+    assert run(tmp_path / "run", "steps=4", "precision=fp16", "save_every=2") == 2
     monkeypatch.undo()
     monkeypatch.setattr(train, "finish", lambda config: None)
-    assert run(tmp_path / "run", "steps=4", "resume=1") == 0
-    a, b = (torch.load(tmp_path / name / "train_state.pt", weights_only=True)["optimizer"]["state"]
-            for name in ("whole", "run"))  # fmt: skip
+    assert run(tmp_path / "run", "steps=4", "precision=fp16", "resume=1") == 0
+    whole, parts = (torch.load(tmp_path / name / "train_state.pt", weights_only=True)
+                    for name in ("whole", "run"))  # fmt: skip
+    assert whole["scaler"] == parts["scaler"] and whole["scaler"]["_growth_tracker"] == 4
+    a, b = whole["optimizer"]["state"], parts["optimizer"]["state"]
     assert a.keys() == b.keys() and len(a) > 50
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # step 3 is there once
     for number in a:
@@ -232,7 +235,23 @@ def test_what_another_model_has_learned_is_refused(model):
     learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     del learned["projector.fc2.weight"]
     with pytest.raises(ValueError, match="of another model; not in both: projector.fc2.weight$"):
-        prepare_model(with_defaults(train.TrainConfig(stage=3)), learned, "cpu")
+        prepare_model(with_defaults(train.TrainConfig(stage=3)), {"model": learned}, "cpu")
+
+
+@pytest.mark.parametrize("precision, int8", [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_a_run_goes_on_with_its_own_frozen_weights(precision: str, int8: bool):
+    config = with_defaults(train.TrainConfig(stage=3, precision=precision, int8=int8))
+    model = prepare_model(config, {}, "cpu")
+    learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    state = {"model": learned, "frozen": train.frozen_hash(model)}
+    prepare_model(config, state, "cpu")
+    with torch.no_grad():
+        learned["projector.fc2.weight"] += 1
+    assert train.frozen_hash(model) == state["frozen"]  # what learns does not count
+    with torch.no_grad():
+        model.phi.layers[-1].mlp.fc2.bias[0] += 1
+    with pytest.raises(ValueError, match="began with other weights than those in miniature"):
+        prepare_model(config, state | {"frozen": train.frozen_hash(model)}, "cpu")
 
 
 def test_a_full_disk_takes_nothing_that_was_saved(tmp_path: Path, monkeypatch, capsys):
@@ -324,14 +343,14 @@ def command(out: Path, *arguments: str) -> list[str]:
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path):
     """The same samples, divided among two, in fp32 and in stage 1, which has no dropout."""
     options = ["stage=1", "precision=fp32", "steps=4"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     one = [sys.executable, *command(tmp_path / "one", *options, "batch_size=4")]
-    two = [*launch, *command(tmp_path / "two", *options)]
+    two = [*LAUNCH, *command(tmp_path / "two", *options)]
     for arguments in (one, two):
         subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
@@ -339,6 +358,51 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path):
             for name in ("one", "two"))  # fmt: skip
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6, msg=name)
+
+
+def learn_half(rank: int, folder: str, rows: list[dict]) -> None:
+    """One of two processes, which has every other row, each as a micro-batch."""
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    config = with_defaults(train.TrainConfig(stage=3, precision="fp32"))
+    model = prepare_model(config, {}, "cpu").eval()
+    micro = [train.to_device(batch, "cpu") for batch in train.micro_batches(rows[rank::2], 1, 0)]
+    optimizer = new_optimizer(model)
+    train_step(train.shared(model), optimizer, NO_SCALING, micro, lr=0.0)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(grads, Path(folder) / f"{rank}.pt")
+
+
+def test_processes_share_what_only_one_has_pictures_for(model, rows, tmp_path: Path):
+    """Rows 0, 2 and 4 are the first process's, and the last of them, too, is text alone."""
+    text = encode_sample([("say", "two red stars")], model.tokenizer, 0, 32, 32, "###")
+    rows = [rows[0], text, rows[2], text, text]
+    expected = gradients(model, train.micro_batches(rows, 1, 0))
+    torch.multiprocessing.spawn(learn_half, (str(tmp_path), rows), nprocs=2)
+    for rank in (0, 1):
+        for name, grad in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_to_the_same_bit(tmp_path: Path):
+    """With dropout, which every process draws for itself."""
+    def start(name: str, *options: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*LAUNCH, *command(tmp_path / name, "steps=20", *options)], cwd=ROOT, env=ENVIRONMENT
+        )
+
+    assert start("whole").wait(300) == 0
+    run = start("run")
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(60) != 0 and (tmp_path / "run/train_state.pt").exists()
+    assert start("run", "resume=1").wait(300) == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 @pytest.mark.slow
