@@ -20,7 +20,6 @@ A run can be stopped at any moment, by Ctrl-C or by force, and goes on with resu
 had happened: what a step does depends on the weights, the optimizer and the step's number alone.
 """
 
-import hashlib
 import itertools
 import math
 import os
@@ -48,7 +47,7 @@ from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, Phi, TinyGPTV, autocast, half_dtype, is_out_of_memory, is_trainable
-from official.checkpoints import replace_file, save_checkpoint
+from official.checkpoints import replace_file, save_checkpoint, tensors_fingerprint
 from official.load import first_words
 from official.stream import folder_mixture, has_mixture
 from quantize import quantize_model
@@ -408,19 +407,15 @@ def take_up(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
     if state["model"].keys() != trainable:
         names = ", ".join(sorted(state["model"].keys() ^ trainable))
         raise ValueError(f"{config.out}/train_state.pt is of another model; not in both: {names}")
-    if state["frozen"] != frozen_hash(model):
+    if state["frozen"] != frozen_fingerprint(model):
         raise ValueError(f"the run in {config.out} began with other weights than those in "
                          f"{config.weights}; give it its own to go on")  # fmt: skip
     model.load_state_dict(state["model"], strict=False)
 
 
-def frozen_hash(model: TinyGPTV) -> str:
-    """A short hash of the first numbers of every frozen tensor: all of them would take minutes."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            digest.update(parameter.flatten()[:64].float().cpu().numpy())
-    return digest.hexdigest()[:16]
+def frozen_fingerprint(model: TinyGPTV) -> str:
+    """Tells apart the weights that runs began with."""
+    return tensors_fingerprint(p for p in model.parameters() if not p.requires_grad)
 
 
 def recompute_layers(phi: Phi) -> None:
@@ -451,7 +446,7 @@ def save_state(
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     state = {
         "config": asdict(config), "world_size": world_size, "step": step, "model": trained,
-        "frozen": frozen_hash(model), "optimizer": optimizer.state_dict(),
+        "frozen": frozen_fingerprint(model), "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }  # fmt: skip
     with replace_file(Path(config.out) / "train_state.pt") as path:

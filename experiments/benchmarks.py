@@ -39,6 +39,7 @@ from experiments.bench_scores import score_okvqa, score_vizwiz, score_yes_no
 from experiments.command_line import key_values
 from generate import answer, encode_images
 from model import TinyGPTV, autocast
+from official.checkpoints import tensors_fingerprint
 from official.convert import COCO, find, read_json, read_list, read_references
 
 WEIGHTS = str(Path(__file__).resolve().parent.parent / "miniature" / "weights")
@@ -280,15 +281,6 @@ BENCHES = {
 
 
 # ---- the file of answers ----
-def fingerprint(model: TinyGPTV, items: list[Item]) -> str:
-    """Tells apart models, and sets of items: a file of answers belongs to one of each."""
-    asked = [(item.split, item.name, item.text, item.truth) for item in items]
-    crc = zlib.crc32(repr(asked).encode())
-    for parameter in model.parameters():
-        crc = zlib.crc32(parameter.detach().flatten()[:1000].float().cpu().numpy().tobytes(), crc)
-    return f"{crc:08x}"
-
-
 def answers_so_far(path: Path, settings: dict) -> list:
     """Those in the file; its first line are the settings. A last line that was cut off is removed.
     Raises ValueError, and leaves the file alone, if it has other settings."""
@@ -314,8 +306,10 @@ def answers_so_far(path: Path, settings: dict) -> list:
 def answer_all(model: TinyGPTV, items: list[Item], path: Path, config: Config) -> list:
     """The answers to all items, in their order; those in the file are not asked for again."""
     bench = BENCHES[config.bench]
+    asked = [(item.split, item.name, item.text, item.truth) for item in items]
     settings = {"bench": config.bench, "split": config.split, "official": config.official,
-                "n": config.n, "fingerprint": fingerprint(model, items)}  # fmt: skip
+                "n": config.n, "model": tensors_fingerprint(model.parameters()),
+                "items": f"{zlib.crc32(repr(asked).encode()):08x}"}  # fmt: skip
     answers = answers_so_far(path, settings)
     bar = tqdm(total=len(items), initial=len(answers), desc=config.bench, unit=" items")
     with open(path, "a", encoding="utf-8") as file, bar:

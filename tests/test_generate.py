@@ -274,7 +274,8 @@ def test_a_picture_is_looked_at_once(model, image, monkeypatch):
 def test_rows_end_one_by_one(model, image, monkeypatch):
     """With a stop text that the answers reach after different numbers of tokens, or never."""
     images = [image] * 3
-    uncut = answer(model, images, PROMPTS, max_new_tokens=12)
+    with pytest.warns(UserWarning, match="3 of 3 answers cut after 12 tokens"):
+        uncut = answer(model, images, PROMPTS, max_new_tokens=12)
     word = uncut[0].split()[2]
     monkeypatch.setitem(cli.STAGES, 4, cli.STAGES[4]._replace(end_sym=word))
     cut = answer(model, images, PROMPTS, max_new_tokens=12)

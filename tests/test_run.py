@@ -243,15 +243,15 @@ def test_a_run_goes_on_with_its_own_frozen_weights(precision: str, int8: bool):
     config = with_defaults(train.TrainConfig(stage=3, precision=precision, int8=int8))
     model = prepare_model(config, {}, "cpu")
     learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    state = {"model": learned, "frozen": train.frozen_hash(model)}
+    state = {"model": learned, "frozen": train.frozen_fingerprint(model)}
     prepare_model(config, state, "cpu")
     with torch.no_grad():
         learned["projector.fc2.weight"] += 1
-    assert train.frozen_hash(model) == state["frozen"]  # what learns does not count
+    assert train.frozen_fingerprint(model) == state["frozen"]  # what learns does not count
     with torch.no_grad():
         model.phi.layers[-1].mlp.fc2.bias[0] += 1
     with pytest.raises(ValueError, match="began with other weights than those in miniature"):
-        prepare_model(config, state | {"frozen": train.frozen_hash(model)}, "cpu")
+        prepare_model(config, state | {"frozen": train.frozen_fingerprint(model)}, "cpu")
 
 
 def test_a_full_disk_takes_nothing_that_was_saved(tmp_path: Path, monkeypatch, capsys):
