@@ -89,7 +89,11 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
 
 
 def process_scores(scores: Tensor, history: Tensor, sampling: Sampling) -> Tensor:
-    """What sampling makes of the model's scores (B, V) before one is drawn in their proportion."""
+    """What sampling makes of the model's scores (B, V), whose softmax the next ids are drawn from.
+
+    They are divided by the temperature: below 1 the probable ids become more probable still, above
+    1 all become more alike.
+    """
     scores = penalize_repetition(scores, history, sampling.repetition_penalty)
     if sampling.temperature > 0:
         scores = scores / sampling.temperature
@@ -167,9 +171,10 @@ def generate_ids(
 
     inputs_embeds (B, T, hidden_size), attention_mask (B, T): the prompts, padded on the left.
     num_ids: ids from there on are never drawn, for they have no text. history (B, n): ids that
-    count as said already. Ends after max_new_tokens, or when the positions are used up; it knows
-    no other end. A row that is over goes on, unread, while others need it: rows never meet.
-    Raises ValueError for max_new_tokens below 1, and for a prompt that the positions do not hold.
+    count as said already. The first step computes the whole prompt, each later one a token. Ends
+    after max_new_tokens, or when the positions are used up; whoever reads the ids may stop earlier.
+    Rows do not influence each other. Raises ValueError for max_new_tokens below 1, for a prompt
+    that the positions do not hold, and for scores that are no numbers.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
@@ -189,6 +194,9 @@ def generate_ids(
             mask = attention_mask if is_padded else None
             hidden = phi(inputs_embeds, mask, position_ids, cache)
             scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
+        if scores.isnan().any():
+            raise ValueError("the model's scores are no numbers; its products may be too large for "
+                             "fp16: use bf16 or fp32")  # fmt: skip
         scores[:, num_ids or scores.shape[1] :] = float("-inf")
         scores = process_scores(scores, ids, sampling)
         if sampling.temperature == 0:
@@ -211,8 +219,9 @@ def encode_images(
     if not images:
         return None
     distinct = {id(image): image for image in images}
-    pixels = torch.stack([preprocess(image, model.image_size) for image in distinct.values()])
-    image_embeds = model.encode_images(pixels.to(model.phi.lm_head.weight.device), maps)
+    squares = [preprocess(image, model.image_size) for image in distinct.values()]
+    pixel_values = torch.stack(squares).to(model.phi.lm_head.weight.device)
+    image_embeds = model.encode_images(pixel_values, maps)
     places = list(distinct)
     return image_embeds[[places.index(id(image)) for image in images]]
 
@@ -268,7 +277,8 @@ def start_answers(
     batch = prepare(model, image_embeds, num_images, prompts, official)
     # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
     # They penalise a BOS that was never fed as if it had been said.
-    stop = ("", tokenizer.encode("#")[0]) if official else (STAGES[model.stage].end_sym,)
+    end_sym = STAGES[max(1, model.stage)].end_sym  # before stage 1: as after it
+    stop = ("", tokenizer.encode("#")[0]) if official else (end_sym,)
     history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
     answers = [Answer(tokenizer, *stop) for _ in prompts]
     return answers, stream_answers(model, batch, answers, max_new_tokens, sampling, history)
@@ -298,6 +308,8 @@ def answer(
     sampling: Sampling = Sampling(), max_new_tokens: int = 120, official: bool = False,
 ) -> list[str]:  # fmt: skip
     """The answers to a batch of prompts about one picture each; `generate` in all else."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts about {len(images)} images; each needs one")
     number = [1] * len(images)
     answers, stream = start_answers(
         model, images, number, prompts, sampling, max_new_tokens, official
@@ -371,9 +383,14 @@ def check_machine(device: str, dtype: str | None) -> None:
 def check_options(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together, or files that can't be written."""
     check_machine(arguments.device, arguments.dtype)
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: say 1 or more")
+    asked_about, total = {path.resolve() for path in arguments.img}, len(arguments.img)
     for option in ("draw", "attn"):
         if path := getattr(arguments, option):
             check_picture_name(f"--{option} {path}", path)
+            if any(numbered(path, n, total).resolve() in asked_about for n in range(total)):
+                raise ValueError(f"--{option} {path} would replace a picture that is asked about")
     if arguments.attn_queries and not arguments.attn:
         raise ValueError("--attn-queries needs --attn FILE")
     if arguments.chat:
@@ -389,14 +406,14 @@ def numbered(path: Path, n: int, total: int) -> Path:
     return path if total == 1 else path.with_stem(f"{path.stem}-{n + 1}")
 
 
-def as_json(path: Path, size: tuple[int, int], task: str, asked: str, row: Answer) -> str:
+def as_json(path: Path, size: tuple[int, int], task: str, asked: str, answer: Answer) -> str:
     """A line for scripts, boxes in pixels of the upright picture of size (width, height)."""
-    boxes, ignored = boxes_of(task, asked, row.shown)
-    pixels = [{"phrase": phrase, "box": [round(v * s / 100) for v, s in zip(box, size * 2)]}
-              for box, phrase in boxes]  # fmt: skip
+    boxes, ignored = boxes_of(task, asked, answer.shown)
+    in_pixels = [{"phrase": phrase, "box": [round(v * s / 100) for v, s in zip(box, size * 2)]}
+                 for box, phrase in boxes]  # fmt: skip
     return json.dumps({
-        "image": str(path), "task": task, "ask": asked, "answer": row.shown, "boxes": pixels,
-        "ignored_boxes": ignored, "cut": row.cut,
+        "image": str(path), "task": task, "ask": asked, "answer": answer.shown,
+        "boxes": in_pixels, "ignored_boxes": ignored, "cut": answer.cut,
     })  # fmt: skip
 
 
@@ -411,22 +428,23 @@ def ask_about(
     maps: list[Tensor] = []
     image_embeds = encode_images(model, images, maps if arguments.attn else None)
     number, prompts = [1] * len(images), [prompt] * len(images)
-    rows, stream = start_answers(
+    answers, stream = start_answers(
         model, image_embeds, number, prompts, sampling, arguments.max_new_tokens
     )
     for pieces in stream:
         if total == 1 and not arguments.json:
             print(pieces[0], end="", flush=True)
-    for n, (path, image, row) in enumerate(zip(paths, images, rows)):
+    for n, (path, image, answer) in enumerate(zip(paths, images, answers)):
+        said = answer.shown
         if arguments.json:
-            print(as_json(path, image.size, task, asked, row), flush=True)
+            print(as_json(path, image.size, task, asked, answer), flush=True)
         else:
-            print("" if total == 1 else " ".join(row.shown.split()), flush=True)
+            print("" if total == 1 else " ".join(said.split()), flush=True)
         if arguments.draw:
-            draw_answer(image, numbered(arguments.draw, first + n, total), task, asked, row.shown)
+            draw_answer(image, numbered(arguments.draw, first + n, total), task, asked, said)
         if arguments.attn:
             out = numbered(arguments.attn, first + n, total)
-            words, attention = answer_attention(model, image_embeds[n : n + 1], prompt, row.shown)
+            words, attention = answer_attention(model, image_embeds[n : n + 1], prompt, said)
             draw_attention(image, out, words, attention, maps[-1][n], arguments.attn_queries)
 
 
@@ -434,7 +452,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Answers a question, or as many as are asked. What can be checked is, before weights load."""
     check_options(arguments)
     arguments.task = arguments.task or ("caption" if arguments.ask is None else "vqa")
-    arguments.ask = "" if arguments.chat else asked_text(arguments.task, arguments.ask)
+    if not arguments.chat:
+        arguments.ask = asked_text(arguments.task, arguments.ask)
+        stage = 4 if arguments.stage is None else arguments.stage
+        inference_prompt(arguments.task, arguments.ask, stage)  # or an error
     sampling = Sampling(
         arguments.temperature, arguments.top_k, arguments.top_p,
         arguments.repetition_penalty, arguments.seed,
@@ -457,13 +478,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one line on stderr that says what was wrong."""
+    """Exit code: 0, 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             run(parse_arguments(argv))
         return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         message = printable(" ".join(str(error).split()))
     except (RuntimeError, MemoryError) as error:

@@ -338,6 +338,9 @@ class ModelConfig:
         for CLIP's ViT in the place of EVA's. Raises ValueError for another name."""
         if name not in PHI_PRESETS:
             raise ValueError(f"preset={name} is not known; choose from {', '.join(PHI_PRESETS)}")
+        if vision not in ("", *VISION_PRESETS):
+            known = ", ".join(VISION_PRESETS)
+            raise ValueError(f"vision={vision} is not known; choose from {known}")
         vision_config = VISION_PRESETS[vision or name]
         qformer = replace(QFORMER_PRESETS[name], vision_hidden_size=vision_config.hidden_size)
         return cls(
@@ -408,7 +411,6 @@ class TinyGPTV(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.stage = config.stage
         self.tokenizer: Tokenizer | None = None  # this and the next three are set by who loads
         self.backbones: Path | None = None  # the folder of the frozen tensors
         self.load_report = ""  # what official/load.py has to say
@@ -421,6 +423,11 @@ class TinyGPTV(nn.Module):
             add_lora(self.phi, config.lora)
         if config.int8:
             quantize_model(self)  # in shape; what is in it comes from the file
+
+    @property
+    def stage(self) -> int:
+        """Which stage made the model what it is; 0 before the first."""
+        return self.config.stage
 
     @property
     def image_size(self) -> int:
@@ -455,7 +462,7 @@ class TinyGPTV(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, stage: int | None = None, device: str = "cpu",
+        cls, directory: str | Path, stage: int | None = None, device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None, int8: bool = False, pack: bool = True,
     ) -> "TinyGPTV":  # fmt: skip
         """The model of a weights directory, ready to answer (`model.tokenizer` is set).
@@ -472,7 +479,7 @@ class TinyGPTV(nn.Module):
         # here, because that module is built on this one
         from official.checkpoints import collected, open_pretrained, open_quantized, release_all
 
-        directory = Path(directory)
+        directory, device = Path(directory), str(device)
         if int8:
             model, tensors = open_quantized(directory, stage)
             set_dtype(model, dtype or half_dtype(device))

@@ -89,7 +89,8 @@ class Int8Linear(nn.Module):
         its scale, and the result is scaled in fp32.
 
         On a CPU up to 16 rows go to torch's kernel for int8 weights, which is slow for more; those
-        are multiplied by 1024 rows of W after the other, whose bf16 copies stay in the cache.
+        are multiplied by W turned to bf16, 1024 of its rows at a time: so each copy stays in the
+        cache.
         """
         if x.requires_grad and torch.is_grad_enabled():
             y = FrozenProduct.apply(x.bfloat16(), self.weight, self.scale)

@@ -46,7 +46,8 @@ from experiments.command_line import key_values
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import DTYPES, Phi, TinyGPTV, autocast, half_dtype, is_out_of_memory, is_trainable
+from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV
+from model import autocast, half_dtype, is_out_of_memory, is_trainable
 from official.checkpoints import replace_file, save_checkpoint, tensors_fingerprint
 from official.load import first_words
 from official.stream import folder_mixture, has_mixture
@@ -59,13 +60,14 @@ class TrainConfig:
 
     stage: int = 0  # 1 to 4
     preset: str = "mini"  # or "full"
-    weights: str = "miniature/weights"  # with the backbones and the stage to begin from
+    # with the backbones and the stage to begin from
+    weights: str = str(Path(__file__).parent / "miniature" / "weights")
     from_stage: int = -1  # default: the one before; the same, to go on with data of your own
     data: str = "world"  # a record file, a folder, or "world": the miniature's, made on the fly
     allow_missing: bool = False  # go on without the datasets of the mixture that the folder lacks
     out: str = ""  # default: runs/stage1 ... runs/stage4
     resume: bool = False  # go on with the run in `out`
-    steps: int = 0  # default: the schedule's
+    steps: int = 0  # in one cycle, a tenth of it warm-up at most; default: the schedule's
     batch_size: int = 0  # of each process; default: the schedule's or the mixture's
     micro_batch_size: int = 0  # so many samples at a time; default: all
     grad_clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
@@ -142,7 +144,7 @@ def learning_rate(schedule: Schedule, epoch: int, step: int) -> float:
 def enter_stage(model: TinyGPTV, stage: int, preset: str) -> None:
     """Makes the model of the stage before one of this stage: with LoRA from stage 2 on, as in the
     paper (the official configuration of stage 1 forgot to leave it out)."""
-    model.stage = model.config.stage = stage
+    model.config.stage = stage
     if stage >= 2 and model.config.lora is None:
         model.config.lora = LORA_PRESETS[preset]
         add_lora(model.phi, model.config.lora)
@@ -232,13 +234,10 @@ def allow_open_files(wanted: int) -> None:
 
 
 def batches(
-    config: TrainConfig, batch_size: int, model: TinyGPTV, start: int, rank: int, world_size: int
+    config: TrainConfig, datasets: list[Dataset], keys: Iterator[list], pad_id: int
 ) -> Iterator[list[dict]]:
-    """The micro-batches of each step from `start` on, made in worker processes while the model
-    computes."""
-    datasets, ratios, sizes = open_data(config, batch_size, model)
-    keys = mixture_batches(ratios, sizes, config.seed, start, rank, world_size)
-    pad_id = model.tokenizer.pad_token_id
+    """The micro-batches of each step, made in worker processes while the model computes. keys: of
+    `mixture_batches`."""
     allow_open_files(8192)  # each tensor that a worker hands over holds two
     loader = DataLoader(
         MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
@@ -345,8 +344,11 @@ def train_step(
 
 # What may differ when a run goes on: where files are (not what is in them), and how a step is
 # computed.
-MAY_CHANGE = ("weights", "data", "out", "resume", "checkpointing", "compile", "save_every",
-              "device", "num_workers")  # fmt: skip
+MAY_CHANGE = ("weights", "data", "out", "resume", "micro_batch_size", "checkpointing", "compile",
+              "save_every", "device", "num_workers")  # fmt: skip
+
+
+STATE = {"config", "world_size", "step", "model", "frozen", "optimizer", "scaler"}
 
 
 def fastest_precision(device: str) -> str:
@@ -368,24 +370,28 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def schedule_of(config: TrainConfig) -> Schedule:
-    """The stage's schedule; with config.steps the same in one cycle of so many steps."""
+    """The stage's schedule; with config.steps one cycle of so many, warmed up in a tenth of it."""
     schedule = SCHEDULES[config.preset][config.stage]
     schedule = replace(schedule, batch_size=config.batch_size or schedule.batch_size)
     if config.steps:
-        return replace(schedule, cycles=1, epochs=1, steps_per_epoch=config.steps)
+        warmup_steps = min(schedule.warmup_steps, max(1, config.steps // 10))
+        return replace(schedule, cycles=1, epochs=1, steps_per_epoch=config.steps,
+                       warmup_steps=warmup_steps)  # fmt: skip
     return schedule
 
 
 def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     """The model of an earlier stage, made ready for this one. state: of `read_state`, for a run
-    that goes on, or {}. Raises ValueError if that is of other weights, or the weights are
-    quantized."""
+    that goes on, or {}. Raises ValueError if that is of other weights, or if the weights are of
+    another size than the preset's, or quantized."""
     torch.manual_seed(config.seed)  # of parameters that no file has
     dtype = DTYPES[config.precision]
     place = "cpu" if config.int8 else device  # in bf16 a small GPU has no room for them
     model = TinyGPTV.from_pretrained(config.weights, config.from_stage, place, dtype)
     if model.config.int8:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
+    if model.config.phi.num_layers != PHI_PRESETS[config.preset].num_layers:
+        raise ValueError(f"the weights in {config.weights} are not of preset={config.preset}")
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     if config.int8:
@@ -461,6 +467,8 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
     now = asdict(config) | {"processes": world_size}
     try:
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        if missing := STATE - state.keys():
+            raise ValueError(f"it has no {missing.pop()}")
         before = state["config"] | {"processes": state["world_size"]}
         before = asdict(TrainConfig()) | before  # which may be of a time with fewer fields
     except Exception as error:  # damaged bytes can make a parser raise anything
@@ -512,15 +520,16 @@ def counts_of(micro: list[dict]) -> list[int]:
     return [sum(column) for column in zip(*counts)]
 
 
-def summary(model: TinyGPTV, schedule: Schedule, precision: str) -> str:
+def summary(model: TinyGPTV, steps: int, batch_sizes: list[int], precision: str) -> str:
     """How many parameters each part has, how many learn, and what lies ahead."""
     counts = {name: sum(p.numel() for p in part.parameters())
               for name, part in model.named_children()}  # fmt: skip
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    samples = " or ".join(map(str, sorted(set(batch_sizes))))
     return (
         " + ".join(f"{name} {count:,}" for name, count in counts.items())
         + f" = {sum(counts.values()):,} parameters, of which {sum(trainable):,} in "
-        f"{len(trainable)} tensors learn; {schedule.steps} steps of {schedule.batch_size} samples "
+        f"{len(trainable)} tensors learn; {steps} steps of {samples} samples "
         f"at {model.image_size} pixels, products in {precision}"
     )
 
@@ -536,13 +545,16 @@ def train(config: TrainConfig) -> int:
     start, schedule = state.get("step", 0), schedule_of(config)
     model = prepare_model(config, state, device)
     runner = shared(model) if world_size > 1 else model
-    stream = batches(config, schedule.batch_size, model, start, rank, world_size)
+    datasets, ratios, batch_sizes = open_data(config, schedule.batch_size, model)
+    keys = mixture_batches(ratios, batch_sizes, config.seed, start, rank, world_size)
+    stream = batches(config, datasets, keys, model.tokenizer.pad_token_id)
     optimizer, scaler = new_optimizer(model), new_scaler(config, device)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     log.tell(model.load_report)
-    log.tell(summary(model, schedule, config.precision))
+    batch_sizes = [size * world_size for size in batch_sizes]
+    log.tell(summary(model, schedule.steps, batch_sizes, config.precision))
     bar = log.begin(start, schedule.steps, model.config.phi.vocab_size)
     with noted_signals() as signals:
         for step in bar:
@@ -573,13 +585,16 @@ def train(config: TrainConfig) -> int:
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:
     """key=value pairs -> TrainConfig. Raises ValueError for what it can't be."""
-    config = TrainConfig(**key_values(arguments, TrainConfig))
+    given = key_values(arguments, TrainConfig)
+    config = TrainConfig(**given)
     if config.stage not in (1, 2, 3, 4):
         raise ValueError(f"stage={config.stage}: say stage=1, 2, 3 or 4")
-    if config.from_stage > config.stage:
+    if not -1 <= config.from_stage <= config.stage:
         raise ValueError(f"from_stage={config.from_stage}: stage {config.stage} can't follow it")
     if config.preset not in SCHEDULES:
         raise ValueError(f"preset={config.preset}: choose from {', '.join(SCHEDULES)}")
+    if config.preset == "full" and "data" not in given:
+        raise ValueError("preset=full learns from data=DIR, or data=world if drawings will do")
     if config.precision not in ("", *DTYPES):
         raise ValueError(f"precision={config.precision}: choose from {', '.join(DTYPES)}")
     if config.save_every < 1:
@@ -618,7 +633,7 @@ def main(arguments: list[str]) -> int:
         if not is_out_of_memory(error):
             raise
         told = f"train.py: out of memory ({first_words(error)}). checkpointing=1 and "
-        print(told + "micro_batch_size=1 need less; they change only the time", file=sys.stderr)
+        print(told + "micro_batch_size=1 need less, and more time", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped before the first step", file=sys.stderr)

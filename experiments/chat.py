@@ -48,11 +48,13 @@ class Turn(NamedTuple):
 class Conversation:
     """Several turns about one picture, which is looked at once."""
 
-    def __init__(self, model: TinyGPTV, image: Image.Image, sampling: Sampling, limit: int):
-        """limit: of each answer, in tokens."""
+    def __init__(
+        self, model: TinyGPTV, image: Image.Image, sampling: Sampling, max_new_tokens: int
+    ):
+        """max_new_tokens: of each answer."""
         if model.stage < 3:
             raise ValueError(f"stage {model.stage} only learns to caption; --chat needs 3 or 4")
-        self.model, self.sampling, self.limit = model, sampling, limit
+        self.model, self.sampling, self.max_new_tokens = model, sampling, max_new_tokens
         self.look_at(image)
 
     def look_at(self, image: Image.Image) -> None:
@@ -90,8 +92,9 @@ class Conversation:
         with torch.inference_mode():
             batch = model.phi.embed(ids, self.image_embeds), torch.ones_like(ids)
         answer = Answer(model.tokenizer, STAGES[model.stage].end_sym)
+        stream = stream_answers(model, batch, [answer], self.max_new_tokens, self.sampling)
         try:
-            for (piece,) in stream_answers(model, batch, [answer], self.limit, self.sampling):
+            for (piece,) in stream:
                 write(piece)
         finally:
             if answer.shown:
@@ -145,10 +148,10 @@ def reply(conversation: Conversation, line: str) -> None:
         print(flush=True)
 
 
-def chat(model: TinyGPTV, image: Image.Image, sampling: Sampling, limit: int) -> None:
+def chat(model: TinyGPTV, image: Image.Image, sampling: Sampling, max_new_tokens: int) -> None:
     """Answers each line of standard input by a line, or does what it says; a mistake is told and
     the chat goes on. Ctrl-C ends an answer only."""
-    conversation = Conversation(model, image, sampling, limit)
+    conversation = Conversation(model, image, sampling, max_new_tokens)
     if sys.stdin.isatty():
         print(f"Ask about the picture.\n{COMMANDS}", file=sys.stderr)
     for line in read_lines():

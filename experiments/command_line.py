@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,16 +26,28 @@ def key_values(arguments: list[str], config_class: type) -> dict:
     return given
 
 
+def keep(result: dict, path: Path, config: object, places: Sequence[str] = ()) -> None:
+    """Prints a result as a line of JSON, and writes it to a file: `path`, with every option in its
+    name that is not as usual, so that a try does not replace what README shows. places: options
+    that say where something is, and not what is measured."""
+    unusual = [f"{field.name}-{getattr(config, field.name)}" for field in fields(config)
+               if field.name not in places and getattr(config, field.name) != field.default]
+    path = path.with_stem("_".join([path.stem, *unusual]))
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result))
+
+
 def report(
-    arguments: list[str], config_class: type, measure: Callable[..., dict], path: Path
-) -> int:
-    """Measures with the config that key=value arguments make, writes the result to path and prints
-    it. Exit code: 0, or 2 after a line on stderr that says what was wrong."""
+    arguments: list[str], config_class: type, measure: Callable[..., dict], path: Path,
+    places: Sequence[str] = (),
+) -> int:  # fmt: skip
+    """Measures with the config that key=value arguments make; `keep` tells what becomes of it. Exit
+    code: 0, or 2 after a line on stderr that says what was wrong."""
     try:
-        result = measure(config_class(**key_values(arguments, config_class)))
+        config = config_class(**key_values(arguments, config_class))
+        result = measure(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
+    keep(result, path, config, places)
     return 0

@@ -51,9 +51,9 @@ def encode_scenes(model: TinyGPTV, scenes: int, batch_size: int = 40) -> Pool:
         for first in tqdm(range(0, scenes, batch_size), desc=f"scenes at {size} pixels"):
             numbers = range(FIRST_SCENE + first, FIRST_SCENE + min(scenes, first + batch_size))
             drawn = [world.render(world.sample_scene(n, "train"), size) for n in numbers]
-            pixels = torch.stack([preprocess(image, size) for image in drawn])
+            pixel_values = torch.stack([preprocess(image, size) for image in drawn])
             with autocast(model.phi.embed_tokens.weight):
-                features = model.visual_encoder(pixels)
+                features = model.visual_encoder(pixel_values)
                 views = {"queries": model.qformer(features), "patches": pooled_patches(features)}
             for view, vectors in views.items():
                 seen.setdefault(f"{view} {size}", []).append(vectors.float())

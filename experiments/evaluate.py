@@ -58,7 +58,7 @@ class Config:
     seed: int = 1  # world: which scenes
     split: str = "test"  # world: or held, where shape-color pairs are new
     data: str = ""  # jsonl: the record file
-    blind: int = 0  # 1: uniform grey in place of every picture
+    blind: bool = False  # uniform grey in place of every picture
     weights: str = str(ROOT / "miniature" / "weights")
     stage: int = 0  # 0 is the last one there
     batch_size: int = 64
@@ -181,7 +181,7 @@ def evaluate(config: Config) -> dict:
     model = TinyGPTV.from_pretrained(config.weights, config.stage or None)
     if model.load_report:
         print(model.load_report, file=sys.stderr)
-    about: dict = {"bench": config.bench, "stage": model.stage, "blind": config.blind}
+    about: dict = {"bench": config.bench, "stage": model.stage, "blind": int(config.blind)}
     if config.bench == "world":
         about |= {"split": config.split, "n": config.n, "seed": config.seed}
         pictures = world_pictures(config.n, config.seed, config.split)
@@ -221,8 +221,8 @@ def check(config: Config, given: dict) -> None:
     for key, most in (("n", SCENES_PER_SEED), ("batch_size", 10**6)):
         if not 1 <= getattr(config, key) <= most:
             raise ValueError(f"{key}={getattr(config, key)}: it has to be 1 to {most}")
-    if config.seed < 0 or config.blind not in (0, 1) or config.stage not in range(5):
-        raise ValueError("seed is 0 or more, blind 0 or 1, and stage 1 to 4, or 0 for the last")
+    if config.seed < 0 or config.stage not in range(5):
+        raise ValueError("seed is 0 or more, and stage 1 to 4, or 0 for the last")
     for bench, keys in ONLY_FOR.items():
         if bench != config.bench and given.keys() & set(keys):
             raise ValueError(f"only bench={bench} takes {', '.join(key + '=' for key in keys)}")

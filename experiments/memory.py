@@ -74,23 +74,22 @@ def quantizing(weights: str) -> dict[str, float]:
 
 def measured(config: Config) -> dict:
     """What `main` prints, of official weights."""
+    if not (config.weights and config.int8):
+        raise ValueError("say weights=DIR and int8=DIR, which is what quantize.py has made of it")
     runs = {"bf16": (config.weights, True), "int8": (config.int8, True),
             "int8 as it lies": (config.int8, False)}  # fmt: skip
     result = {}
     for name, (weights, pack) in runs.items():
-        if weights:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                result[name] = pool.apply(measure, [weights, pack])
-    if config.weights:
-        result["quantize.py"] = quantizing(config.weights)
-    return result
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            result[name] = pool.apply(measure, [weights, pack])
+    return result | {"quantize.py": quantizing(config.weights)}
 
 
 def main(arguments: list[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if not given.get("weights") and given.get("int8", "") in ("", "0", "1"):  # no folder
         return training_memory.main(arguments)
-    return report(arguments, Config, measured, RESULT)
+    return report(arguments, Config, measured, RESULT, places=("weights", "int8"))
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def measure_all(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    return report(arguments, Config, measure_all, RESULT)
+    return report(arguments, Config, measure_all, RESULT, places=("folder",))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class RunLog:
     def __init__(self, out: Path, resume: bool, quiet: bool):
         self.out, self.quiet = out, quiet
         self.samples = self.truncated = self.skipped = self.bad_steps = self.bad_in_a_row = 0
-        self.waited = 0.0
+        self.waited = self.seconds_before = 0.0
+        self.began = self.last = time.perf_counter()
         self.file = None
         if quiet:
             return
@@ -57,20 +58,24 @@ class RunLog:
         """A bar over the steps from `start` on. What was logged past it, before a run was stopped
         by force, is done again and therefore forgotten."""
         self.began = self.last = time.perf_counter()
-        self.chance, self.seconds_before = math.log(vocab_size), 0.0
+        self.chance = math.log(vocab_size)  # the loss of guessing
         if self.file:
-            end = self.file.seek(0)
-            while line := self.file.readline():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # torn by a power failure
-                    break
-                if record["step"] > start:
-                    break
-                end, self.seconds_before = self.file.tell(), record["seconds"]
-            self.file.truncate(end)
+            self.forget(start)
         done = {"initial": start, "total": steps}
         return tqdm(range(start, steps), desc=str(self.out), disable=self.quiet, **done)
+
+    def forget(self, start: int) -> None:
+        """Cuts the log after step `start`, or before a line that a power failure has torn."""
+        end = self.file.seek(0)
+        while line := self.file.readline():
+            try:
+                step, seconds = map(json.loads(line).__getitem__, ("step", "seconds"))
+            except (ValueError, KeyError, TypeError):
+                break
+            if step > start:
+                break
+            end, self.seconds_before = self.file.tell(), seconds
+        self.file.truncate(end)
 
     def wait_for(self, stream: Iterator[list[dict]]) -> list[dict]:
         """The next step's batches; the time that they keep the model waiting is counted."""
@@ -114,11 +119,13 @@ class RunLog:
     def check(self, step: int, loss: float, grad_norm: float) -> None:
         """Raises ValueError after MAX_BAD_STEPS in a row, or if too many records are bad."""
         if self.bad_in_a_row == MAX_BAD_STEPS:
+            saved = (self.out / "train_state.pt").exists()
+            rest = "holds the last checkpoint" if saved else "has none yet and can be deleted"
             raise ValueError(
                 f"step {step}: no finite loss or gradient in {MAX_BAD_STEPS} steps in a row (loss "
                 f"{loss}, gradient's norm {grad_norm}); the weights are as before the first of "
                 "them. Likely the learning rate is too high, products in fp16 overflow (those in "
-                f"bf16 do not) or the weights are damaged. {self.out} holds the last checkpoint"
+                f"bf16 do not) or the weights are damaged. {self.out} {rest}"
             )
         if self.samples >= MIN_SAMPLES and self.skipped > MAX_SKIPPED * self.samples:
             raise ValueError(
@@ -144,7 +151,8 @@ def peak_memory_gb() -> float:
     """The most memory held so far: of the GPU if there is one in use, else of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ---- the picture ----

@@ -10,7 +10,6 @@ in memory at once and take turns, each figure is the median of its turns, and be
 decoding the speed of reading memory is measured, which it can't exceed.
 """
 
-import json
 import math
 import multiprocessing
 import platform
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import vision
 from data import inference_prompt, load_image
-from experiments.command_line import key_values
+from experiments.command_line import keep, key_values
 from experiments.peers import LlamaCpp, write_gguf
 from generate import encode_images, generate_ids, prepare
 from model import ModelConfig, TinyGPTV, set_dtype
@@ -250,7 +249,7 @@ def start(weights: str, pack: bool) -> float:
     """Seconds from the files to the first token about a picture of 224 px, imports aside."""
     image, began = load_image(ROOT / "assets" / "shapes.png"), time.perf_counter()
     model = TinyGPTV.from_pretrained(weights, pack=pack)
-    model.stage = 3  # 224 px
+    model.config.stage = 3  # 224 px
     prompts = [inference_prompt("caption", "", 3)]
     batch = prepare(model, encode_images(model, [image]), [1], prompts)
     next(generate_ids(model.phi, *batch, 1))
@@ -301,9 +300,7 @@ def main(arguments: list[str]) -> int:
               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
     result |= first_token
     result = rounded(result | measure(config))
-    if not config.layers:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
+    keep(result, RESULT, config, places=("weights", "peer"))
     return 0
 
 

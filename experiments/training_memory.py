@@ -18,7 +18,6 @@ be. Not counted is what CUDA and its libraries need for themselves, about half a
 unused between the tensors.
 """
 
-import json
 import math
 import sys
 import weakref
@@ -39,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import IGNORE, IMAGE_TOKEN_ID
-from experiments.command_line import key_values
+from experiments.command_line import keep, key_values
 from model import DTYPES, ModelConfig, RMSNorm, TinyGPTV, set_dtype
 from quantize import QUANTIZED, quantize_model
 from train import (
@@ -51,7 +50,7 @@ from train import (
     train_step,
 )
 
-RESULTS = ROOT / "experiments" / "results"
+RESULT = ROOT / "experiments" / "results" / "training_memory.json"
 TOKENS = {1: 80, 2: 80, 3: 220, 4: 512}  # of a long row in each stage, 32 for its picture
 # Ways to train, each with what the one before it has, and the GB that they are to fit in: at first
 # those of the paper's GPU.
@@ -365,15 +364,14 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse_arguments(arguments)
         if config.stage:
-            result, name = plan(config, config.stage), f"training_memory_stage{config.stage}"
+            result = plan(config, config.stage)
             print(table(result))
         else:
             runs = [run for stage in TOKENS for run in plans(config, stage)]
-            result, name = {"torch": torch.__version__, "runs": runs}, "training_memory"
+            result = {"torch": torch.__version__, "runs": runs}
             print(overview(runs))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"memory.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
+    keep(result, RESULT, config)
     return 0

@@ -118,7 +118,11 @@ def learn_all_text(row: dict) -> dict:
 
 def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
     """(T, 4): for each token of a phrase or a box, 1 for the objects (from left to right) that it
-    may mean by what it has said so far, 0 for the others; IGNORE at all other tokens."""
+    may mean by what it has said so far, 0 for the others; IGNORE at all other tokens.
+
+    In a scene with a red moon, a red star and a blue star: "the" IGNORE, "red" 1 1 0 0, "star" (the
+    red one) 0 1 0 0, "is" IGNORE.
+    """
     words = world.inventory(scene)
     slots = [dict(zip(SLOT_NAMES, words[start : start + 8])) for start in range(0, 32, 8)]
     rows, said, ended = [], {}, False  # said: what the phrase or box says of its object
@@ -153,7 +157,11 @@ def fits(said: str, true: str) -> bool:
 def compared(texts: list[str], referred: Tensor) -> Tensor:
     """(T, 2): which object is meant, and which one the phrase before meant: for each token of a
     phrase that can mean but one object by now, and for the tokens after it up to the next phrase
-    or box or the end of the turn. IGNORE at all others, and where either is not one object."""
+    or box or the end of the turn. IGNORE at all others, and where either is not one object.
+
+    In "is the red star like the moon?", star being object 1 and moon object 0: from "moon" on
+    (0, 1), at all tokens before it IGNORE.
+    """
     rows, now, last = [], IGNORE, IGNORE
     in_phrase = ended = follows = False
     for text, objects in zip(texts, referred.tolist()):

@@ -20,7 +20,7 @@ from miniature.pretrain_vision import vision_batch
 from miniature.steps import save_half
 from vision import VISION_PRESETS, EvaViT
 
-FIRST_SEED = 5 * 10**8  # far from the scenes of the stages
+FIRST_SEED = 5 * 10**8  # stream.py's numbers for captions in stage 3, which has none
 WEAKEST = 0.02  # variance; what varies less is taken for noise and not strengthened to the full
 
 

@@ -10,19 +10,32 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import TinyGPTV
-from official.checkpoints import replace_file
+from model import TinyGPTV, is_trainable
+from official.checkpoints import open_pretrained, replace_file
 from official.weights import to_official
 
 BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Former's unused half
 
 
-def export_checkpoint(model: TinyGPTV, path: Path) -> int:
-    """Writes the model's checkpoint tensors; returns how many they are."""
-    state = model.checkpoint_tensors()
+def read_checkpoint(folder: Path) -> tuple[TinyGPTV, dict[str, Tensor]]:
+    """A model without its numbers, and what its checkpoint holds, in fp32 whatever the model would
+    compute in: a Q-Former of its own is not rounded. Raises what `TinyGPTV.from_pretrained` does,
+    and ValueError for a quantized model."""
+    model, tensors = open_pretrained(folder, None, "cpu", torch.float32, copy=False)
+    if model.config.int8:
+        raise ValueError(f"{folder} is quantized; export what it was made from")
+    found = {name: tensor for name, tensor in tensors
+             if is_trainable(name) or name.startswith("qformer.")}  # fmt: skip
+    kept = {name for name in found if is_trainable(name)} | model.carried
+    return model, {name: found[name] for name in found if name in kept}
+
+
+def export_checkpoint(model: TinyGPTV, state: dict[str, Tensor], path: Path) -> int:
+    """Writes the tensors of a model's checkpoint; returns how many they are."""
     tensors = {n: t.cpu().contiguous() for n, t in to_official(state, model.config).items()}
     tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(BERT_POSITIONS)[None]
     with replace_file(path) as part:
@@ -39,10 +52,10 @@ def main(arguments: list[str]) -> int:
     try:
         if not given.out.parent.is_dir() or given.out.is_dir():
             raise ValueError(f"--out {given.out}: say a file in a folder that exists")
-        model = TinyGPTV.from_pretrained(given.weights)
+        model, state = read_checkpoint(given.weights)
         if model.load_report:
             print(model.load_report, file=sys.stderr)
-        count = export_checkpoint(model, given.out)
+        count = export_checkpoint(model, state, given.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

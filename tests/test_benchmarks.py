@@ -569,6 +569,6 @@ def test_mistakes_end_in_one_line(arguments, complaint, capsys, monkeypatch):
 
 
 def test_only_stage_4_is_asked(run, model, monkeypatch):
-    monkeypatch.setattr(model, "stage", 3)
+    monkeypatch.setattr(model.config, "stage", 3)
     code, _, err = run("bench=gqa")
     assert code == 2 and "stage 3" in err

@@ -32,7 +32,7 @@ def lengths(monkeypatch):
 
 @pytest.fixture
 def conversation(miniature):
-    return Conversation(miniature, load_image(SHAPES), Sampling(), limit=60)
+    return Conversation(miniature, load_image(SHAPES), Sampling(), max_new_tokens=60)
 
 
 def said(conversation, line):
@@ -45,7 +45,7 @@ def said(conversation, line):
 @pytest.mark.parametrize("stage", [3, 4])
 def test_the_model_reads_what_it_is_trained_on(conversation, monkeypatch, stage):
     """The row of a training record with the same turns, up to the answer that is to come."""
-    monkeypatch.setattr(conversation.model, "stage", stage)
+    monkeypatch.setattr(conversation.model.config, "stage", stage)
     turns = [["What is this?", "A star."], ["Its color?", "red, I think"], ["Sure?", "Yes."]]
     record = {"task": "chat", "turns": turns}
     sample = make_sample(record, stage, random.Random(0), size=(9, 9))
@@ -250,7 +250,7 @@ def test_prompt_is_for_terminals(monkeypatch):
 
 def test_the_miniature_keeps_its_answers_in_a_long_chat(miniature):
     """It was not trained on several turns, and still answers in the fifth as in the first."""
-    conversation = Conversation(miniature, load_image(SHAPES), Sampling(), limit=60)
+    conversation = Conversation(miniature, load_image(SHAPES), Sampling(), max_new_tokens=60)
     asked = {COLOR: "red", SHAPE: "heart", "is the heart solid or outlined?": "solid",
              "is there a moon?": "no", "how many objects are there?": "3"}  # fmt: skip
     assert {question: said(conversation, question) for question in asked} == asked

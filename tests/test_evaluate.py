@@ -210,7 +210,7 @@ def test_blind_hides_every_picture(model, monkeypatch):
     monkeypatch.setattr(evaluate, "encode_images", encode_images)
     with pytest.raises(ZeroDivisionError):
         pictures = list(evaluate.world_pictures(2, 1, "test"))
-        list(evaluate.score_pictures(model, pictures, evaluate.Config(blind=1)))
+        list(evaluate.score_pictures(model, pictures, evaluate.Config(blind=True)))
 
 
 def test_the_foreign_pictures_have_what_the_readme_says():
@@ -263,7 +263,7 @@ def test_world_prints_and_keeps_one_json(run, tmp_path):
 
 def test_stages_that_only_describe_leave_the_rest_null(run, model, monkeypatch):
     for stage in (1, 3):
-        monkeypatch.setattr(model, "stage", stage)
+        monkeypatch.setattr(model.config, "stage", stage)
         result = json.loads(run("bench=world", "n=2", "split=held", "blind=1")[1][-1])
         assert result["caption_f1"] == 0 and result["questions"] == {"caption": 2}
         assert {*result["vqa"].values(), result["refer_iou50"], result["identify"],

@@ -292,7 +292,7 @@ def test_merges_of_characters_that_are_no_bytes_are_refused(weights):
 def test_what_is_saved_are_tensors_and_plain_values(small, tmp_path):
     """The state of training: test_run.py reads it with weights_only=True."""
     model = TinyGPTV.from_pretrained(small)
-    export.export_checkpoint(model, tmp_path / "a.pth")
+    export.export_checkpoint(model, model.checkpoint_tensors(), tmp_path / "a.pth")
     assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"model"}
     save_checkpoint(model, tmp_path / "b")
     assert load_file(tmp_path / "b" / "model.safetensors")
@@ -305,7 +305,7 @@ def test_views_are_saved_as_wholes(small, tmp_path):
     weight.data = weight.data.T.contiguous().T  # lies in memory column by column
     assert not weight.is_contiguous()
     save_checkpoint(model, tmp_path / "a")
-    export.export_checkpoint(model, tmp_path / "a.pth")
+    export.export_checkpoint(model, model.checkpoint_tensors(), tmp_path / "a.pth")
     again = TinyGPTV.from_pretrained(tmp_path / "a")
     assert torch.equal(again.projector.fc1.weight, weight)
 

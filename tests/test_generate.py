@@ -309,6 +309,18 @@ def test_pictures_and_places_must_agree(model, image):
         list(generate(model, [image], PROMPTS[0], max_new_tokens=-1))
 
 
+def test_a_prompt_for_every_picture(model, image):
+    with pytest.raises(ValueError, match="2 prompts about 1 images; each needs one"):
+        answer(model, [image], PROMPTS[:2])
+
+
+def test_scores_that_are_no_numbers_are_told(model, image):
+    with torch.no_grad():
+        model.phi.final_layernorm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="scores are no numbers"):
+        answer(model, [image], PROMPTS[:1])
+
+
 def test_official_has_no_bos_and_ends_at_one_id(model, image):
     with_bos, _ = prepared(model, [image], PROMPTS[:1])
     without, _ = prepared(model, [image], PROMPTS[:1], official=True)
@@ -400,11 +412,13 @@ def says(model, monkeypatch):
     ("--img {picture} --temperature -1", "temperature must be 0, which is greedy, or from 0.01"),
     ("--img {picture} --temperature hot", "--temperature: invalid float value: 'hot'"),
     ("--img {picture} --top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
-    ("--img {picture} --max-new-tokens 0", "max_new_tokens must be 1 or more, not 0"),
+    ("--img {picture} --max-new-tokens 0", "--max-new-tokens 0: say 1 or more"),
     ("--img {picture} --stage 7", "--stage: invalid choice: 7"),
     ("--img {picture} --draw {folder}/no/out.png", "there is no folder .*/no"),
     ("--img {picture} --draw {folder}/out.xyz", "no picture format has this ending"),
     ("--img {picture} --draw {folder}", "no picture format has this ending"),
+    ("--img {picture} --draw {picture}", "--draw .* would replace a picture that is asked about"),
+    ("--img a.png b-1.png --attn b.png", "--attn b.png would replace a picture that is asked"),
     ("--img {picture} --device tpu", "--device: invalid choice: 'tpu'"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(capsys, model, monkeypatch, picture, arguments, message):
@@ -413,6 +427,24 @@ def test_mistakes_are_one_line(capsys, model, monkeypatch, picture, arguments, m
     code, out, err = run(capsys, *arguments)
     assert (code, out, len(err)) == (2, "", 1)
     assert pytest.raises(ValueError, match="^error: .*" + message).matches(ValueError(err[0]))
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--max-new-tokens", "0"), ("--task", "caption", "--ask", "why"),
+    ("--task", "identify", "--ask", "{<1><2>}"), ("--stage", "1", "--ask", "why"),
+])  # fmt: skip
+def test_mistakes_are_told_before_weights_load(capsys, picture, arguments):
+    nowhere = "--weights", "/nowhere"
+    assert "/nowhere" not in run(capsys, "--img", picture, *nowhere, *arguments)[2][0]
+    assert "/nowhere" in run(capsys, "--img", picture, *nowhere)[2][0]
+
+
+def test_ctrl_c_is_no_error(capsys, picture, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", interrupted)
+    assert run(capsys, "--img", picture)[0] == 130
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
@@ -575,6 +607,14 @@ def test_shipped_many_pictures(capsys, circle, monkeypatch):
 def test_shipped_stages(capsys, circle, stage):
     code, out, err = run(capsys, "--img", circle, "--stage", stage)
     assert code == 0 and err == [] and "circle" in out
+
+
+def test_backbones_alone_are_asked_as_stage_1_is(circle):
+    model = TinyGPTV.from_pretrained(ROOT / "miniature/weights", stage=0)
+    with pytest.warns(UserWarning, match="answers cut after 3 tokens"):
+        said = generate(model, [Image.open(circle)], inference_prompt("caption", "", 0),
+                        max_new_tokens=3)  # fmt: skip
+        assert "".join(said)
 
 
 def test_shipped_batch_equals_one_by_one(circle):

@@ -151,7 +151,7 @@ def test_what_a_layer_keeps_on_a_gpu_is_what_its_equations_need():
 
 def run(arguments: list[str], tmp_path, monkeypatch, capsys) -> tuple[dict, str]:
     """What memory.py keeps, which is its last line, too, and what it says before."""
-    monkeypatch.setattr(training_memory, "RESULTS", tmp_path)
+    monkeypatch.setattr(training_memory, "RESULT", tmp_path / "training.json")
     assert memory.main(arguments) == 0
     *said, last = capsys.readouterr().out.splitlines()
     [path] = tmp_path.iterdir()

@@ -1,6 +1,7 @@
 """Messages that no other test reaches: one line, exit code 2, and what to do."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import quantize
 import train
 from data import Tokenizer
 from experiments import agreement, evaluate, memory, official_sized, readme, run_log, speed
+from experiments.command_line import report
 from miniature import pretrain, pretrain_language, world
 from model import ModelConfig, TinyGPTV
 from official import convert, fetch, load
@@ -22,6 +24,7 @@ from test_load import EVA, QFORMER
 @pytest.mark.parametrize("main, arguments, reason", [
     (agreement.main, ["n=many"], "is not of type int"),
     (memory.main, ["weights=a", "int=b"], "did you mean int8=...?"),
+    (memory.main, ["weights=a"], "say weights=DIR and int8=DIR"),
     (official_sized.main, ["dtypes=bf16,int4"], "int4 is not in"),
     (official_sized.main, ["floder=a"], "did you mean folder=...?"),
     (speed.main, ["peer=gpt"], "peer=gpt is not known"),
@@ -65,7 +68,7 @@ def test_a_mark_of_the_readme_that_is_gone():
 @pytest.mark.slow
 def test_processes_of_an_experiment_that_fail(tmp_path, capfd):
     for main in (memory.main, speed.main):
-        assert main(["weights=/nowhere"]) == 2
+        assert main(["weights=/nowhere"] + ["int8=/nowhere"] * (main is memory.main)) == 2
         assert capfd.readouterr().err == "error: no weights directory /nowhere\n"
     with pytest.raises(ValueError, match="quantize.py --weights .* failed; it has said why"):
         memory.quantizing(str(tmp_path))
@@ -77,6 +80,23 @@ def test_processes_of_an_experiment_that_fail(tmp_path, capfd):
 def test_sizes_by_a_name_that_is_none():
     with pytest.raises(ValueError, match="preset=huge is not known; choose from full, mini"):
         ModelConfig.preset("huge", 1)
+    with pytest.raises(ValueError, match="vision=dino is not known; choose from full, mini, clip"):
+        ModelConfig.preset("full", 1, "dino")
+
+
+def test_a_try_does_not_replace_what_the_readme_shows(tmp_path, capsys):
+    @dataclass
+    class Config:
+        n: int = 100
+        folder: str = ""
+
+    path = tmp_path / "heat.json"
+    for argument in ("n=100", "folder=/a/b", "n=5"):
+        result = {"given": argument}
+        assert report([argument], Config, lambda config: result, path, places=("folder",)) == 0
+        assert json.loads(capsys.readouterr().out) == result
+    assert json.loads(path.read_text()) == {"given": "folder=/a/b"}
+    assert json.loads((tmp_path / "heat_n-5.json").read_text()) == {"given": "n=5"}
 
 
 def test_quantized_weights_are_not_trained(small, tmp_path, refusal):

@@ -107,7 +107,9 @@ def test_negative_warmup_rate_means_no_ramp():
         ("stage=one", "not of type int"),
         ("stage=7", "stage=1, 2, 3 or 4"),
         ("from_stage=2", "stage 1 can't follow it"),
+        ("from_stage=-2", "stage 1 can't follow it"),
         ("preset=tiny", "choose from full, mini"),
+        ("preset=full", "preset=full learns from data=DIR"),
         ("precision=int4", "choose from fp32, bf16, fp16"),
         ("resume=maybe", "not 1 or 0"),
         ("save_every=0", "after how many steps"),
@@ -117,6 +119,23 @@ def test_wrong_arguments_are_one_line(argument: str, said: str, capsys: pytest.C
     assert train.main(["stage=1", argument]) == 2
     message = capsys.readouterr().err
     assert said in message and message.count("\n") == 1
+
+
+def test_weights_of_another_size_than_the_preset_are_refused(tmp_path, capsys):
+    arguments = ["stage=1", "preset=full", "data=world", f"out={tmp_path}"]
+    assert train.main(arguments) == 2
+    assert "miniature/weights are not of preset=full" in capsys.readouterr().err
+
+
+def test_a_short_run_is_warmed_up_in_a_tenth_of_it():
+    for steps, warmup_steps in ((20, 2), (5, 1), (400, 40), (10**6, 50)):
+        config = train.TrainConfig(stage=1, preset="mini", steps=steps)
+        assert train.schedule_of(config).warmup_steps == warmup_steps
+        assert train.schedule_of(config).steps == steps
+
+
+def test_the_summary_tells_the_batch_sizes_of_a_mixture(miniature):
+    assert "; 7 steps of 2 or 6 samples at" in train.summary(miniature, 7, [6, 2, 6], "bf16")
 
 
 def test_missing_weights_and_data_are_one_line(tmp_path, capsys: pytest.CaptureFixture):
