@@ -55,6 +55,15 @@ class PhiConfig:
     qk_norm: bool = True  # False: without TinyGPT-V's norm on q and k
     attn_norm: bool = True  # False: without TinyGPT-V's norm on attention's output
 
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of each head rotate."""
+        return int(self.partial_rotary_factor * self.head_dim)
+
 
 PHI_PRESETS = {
     "full": PhiConfig(vocab_size=51200, hidden_size=2560, num_layers=32, num_heads=32,
@@ -108,8 +117,7 @@ class KVCache:
         self, config: PhiConfig, batch_size: int, max_length: int,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
-        head_dim = config.hidden_size // config.num_heads
-        shape = (config.num_layers, 2, batch_size, config.num_heads, max_length, head_dim)
+        shape = (config.num_layers, 2, batch_size, config.num_heads, max_length, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
@@ -134,12 +142,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads = config.num_heads
-        head_dim = config.hidden_size // config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         if config.qk_norm:
-            self.q_layernorm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps)
-            self.k_layernorm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps)
+            self.q_layernorm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
         else:
             self.q_layernorm = self.k_layernorm = nn.Identity()
 
@@ -270,9 +277,7 @@ class Phi(nn.Module):
             )
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=device)[None]
-        head_dim = self.config.hidden_size // self.config.num_heads
-        rotary_dim = int(self.config.partial_rotary_factor * head_dim)
-        cos_sin = rotary_cos_sin(position_ids, rotary_dim, self.config.rope_theta)
+        cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta)
         mask = None  # a single token may look at all before it
         if T > 1 or attention_mask is not None:
             mask = causal_mask(attention_mask, T, past + T, device)

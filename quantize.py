@@ -306,11 +306,9 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     number. release: called after each layer, to give back the memory of its old form, so that
     the weights are never in memory twice."""
     phi.requires_grad_(False)
-    head_dim = phi.config.hidden_size // phi.config.num_heads
-    rotary_dim = int(phi.config.partial_rotary_factor * head_dim)
     for number, block in enumerate(phi.layers):
         if phi.config.qk_norm and phi.config.attn_norm:
-            phi.layers[number] = Int8Block(block, rotary_dim)
+            phi.layers[number] = Int8Block(block, phi.config.rotary_dim)
         else:  # a study of TinyGPT-V without its norms
             pack_layers(block, 2)
         release()

@@ -39,7 +39,6 @@ def tensor_shapes(config: PhiConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def metadata(config: PhiConfig) -> dict[str, int | float | str]:
-    head_dim = config.hidden_size // config.num_heads
     return {
         "general.architecture": "phi2", "general.alignment": ALIGNMENT,
         "phi2.context_length": config.max_position_embeddings,
@@ -49,7 +48,7 @@ def metadata(config: PhiConfig) -> dict[str, int | float | str]:
         "phi2.attention.head_count": config.num_heads,
         "phi2.attention.head_count_kv": config.num_heads,
         "phi2.attention.layer_norm_epsilon": config.layer_norm_eps,
-        "phi2.rope.dimension_count": int(config.partial_rotary_factor * head_dim),
+        "phi2.rope.dimension_count": config.rotary_dim,
         "phi2.vocab_size": config.vocab_size,
         "tokenizer.ggml.model": "no_vocab",
     }  # fmt: skip

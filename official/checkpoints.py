@@ -204,9 +204,8 @@ def check_config(config: object) -> None:
         if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
             raise ValueError(f"{whole} {sizes[whole]} is no multiple of {part} {sizes[part]}")
     if isinstance(config, PhiConfig):
-        head_dim = config.hidden_size // config.num_heads
-        if (rotary_dim := int(config.partial_rotary_factor * head_dim)) < 2 or rotary_dim % 2:
-            raise ValueError(f"{rotary_dim} channels of each head rotate; they have to be pairs")
+        if config.rotary_dim < 2 or config.rotary_dim % 2:
+            raise ValueError(f"{config.rotary_dim} channels of each head rotate; they have to be pairs")
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
