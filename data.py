@@ -164,12 +164,17 @@ def _checked_ids(ids: dict[str, int]) -> dict[str, int]:
     return ids
 
 
+def byte_names() -> dict[int, str]:
+    """How GPT-2's files write each byte: itself where it can be seen, else a letter from U+0100."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+
+
 def _byte_ranks(vocab: dict, merges: list[str], folder: Path) -> dict[bytes, int]:
     """tiktoken's table, from a token's bytes to its id. tiktoken merges in the order of ids, GPT-2
     in that of merges.txt: raises ValueError where they differ."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]  # written as U+0100 and up
-    alphabet = {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    alphabet = {name: byte for byte, name in byte_names().items()}
     made = [m.replace(" ", "") for m in merges if m and not m.startswith("#version")]
     differing = {*alphabet, *made} ^ (set(vocab) - {END_OF_TEXT})
     differing |= {token for token in made if not set(token) <= alphabet.keys()}
@@ -305,13 +310,13 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
 
 
 # ---- records ----
-BOXES = {"image": "a.jpg", "phrase": "the dog", "boxes": [[100, 200, 500, 600]]}
+BOX_RECORD = {"image": "a.jpg", "phrase": "the dog", "boxes": [[100, 200, 500, 600]]}
 EXAMPLES = {  # of the fields that each task needs; chat and instruct may have an image, too
     "caption": {"image": "a.jpg", "caption": "a dog on a sofa"},
     "detail": {"image": "a.jpg", "caption": "A dog lies on a red sofa. It sleeps."},
     "grounding": {"image": "a.jpg", "caption": "<p>A dog</p> {<10><20><50><60>} sleeps."},
     "vqa": {"image": "a.jpg", "question": "what is this?", "answers": ["dog"]},
-    "refer": BOXES, "identify": BOXES, "detection": BOXES,
+    "refer": BOX_RECORD, "identify": BOX_RECORD, "detection": BOX_RECORD,
     "chat": {"turns": [["What is this?", "A dog."]]},
     "instruct": {"prompt": "Name a color.", "answer": "Red."},
 }

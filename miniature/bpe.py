@@ -7,19 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import IMAGE_PLACEHOLDER, STAGES, make_sample
+from data import IMAGE_PLACEHOLDER, STAGES, byte_names, make_sample
 from miniature import world
 from model import PHI_PRESETS
 
 # GPT-2's split into words for ASCII text, which is all that the world speaks.
 ASCII_WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
-
-
-def byte_names() -> dict[int, str]:
-    """How GPT-2's files write each byte: itself where it can be seen, else a letter from U+0100."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
 
 
 def train_bpe(words: Counter[str], num_merges: int) -> list[tuple[str, str]]:

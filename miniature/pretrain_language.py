@@ -32,7 +32,7 @@ from data import (
     user_turn,
 )
 from miniature import world
-from miniature.steps import adamw, learning_rate, optimizer_step, save_half
+from miniature.steps import adamw, optimizer_step, save_half, warmup_cosine
 from model import PHI_PRESETS, Phi
 
 # A task of pre-training alone: the grounded description with its objects in random order. Read from
@@ -413,7 +413,7 @@ def pretrain_language(
             losses = language_loss(phi, scaffold, batch)
         text_loss, *head_losses = losses.values()
         total = text_loss + 2 * sum(head_losses)
-        optimizer_step(optimizer, total, learning_rate(step, steps, peak_lr))
+        optimizer_step(optimizer, total, warmup_cosine(step, steps, peak_lr))
         losses = {name: round(loss.item(), 3) for name, loss in losses.items()}
         bar.set_postfix(losses, refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:

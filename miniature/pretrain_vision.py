@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bridge import QFORMER_PRESETS, QFormer
 from data import IGNORE, preprocess
 from miniature import world
-from miniature.steps import adamw, learning_rate, optimizer_step, save_half
+from miniature.steps import adamw, optimizer_step, save_half, warmup_cosine
 from vision import VISION_PRESETS, EvaViT
 
 SLOTS, SLOT_WORDS = world.MAX_OBJECTS, 8  # a slot is size, color, fill, shape, x1, y1, x2, y2
@@ -235,7 +235,7 @@ def pretrain_vision(
                 queries = qformer(features)
                 said, _ = query_loss(heads, queries, batch["words"])
         dense = patch_loss(heads, qformer.ln_vision(features), batch)
-        optimizer_step(optimizer, dense + 8 * said, learning_rate(step, steps, peak_lr))
+        optimizer_step(optimizer, dense + 8 * said, warmup_cosine(step, steps, peak_lr))
         bar.set_postfix(dense=f"{dense.item():.3f}", queries=f"{said.item():.3f}", refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_half(vit, out / "vision.safetensors")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from train import optimizer_groups
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+def warmup_cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
     """Linear warm-up, then a cosine to a hundredth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
