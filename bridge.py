@@ -144,11 +144,13 @@ class Layer(nn.Module):
         self.cross_attn = Attention(config, config.vision_hidden_size) if sees_picture else None
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, picture: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """x (B, queries, hidden_size), picture (B, N, vision_hidden_size) -> as x."""
+    def forward(
+        self, x: Tensor, image_features: Tensor, maps: list[Tensor] | None = None
+    ) -> Tensor:
+        """x (B, queries, hidden_size), image_features (B, N, vision_hidden_size) -> as x."""
         x = self.self_attn(x, context=x)
         if self.cross_attn is not None:
-            x = self.cross_attn(x, context=picture, maps=maps)
+            x = self.cross_attn(x, context=image_features, maps=maps)
         return self.mlp(x)
 
 
@@ -174,10 +176,11 @@ class QFormer(nn.Module):
     def forward(self, image_features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """image_features (B, N, vision_hidden_size), as they leave the ViT -> (B, num_queries,
         hidden_size). maps: as the class says."""
-        picture = self.ln_vision(image_features)
-        x = self.norm(self.query_tokens).expand(len(picture), -1, -1)  # (B, queries, hidden_size)
+        image_features = self.ln_vision(image_features)
+        x = self.norm(self.query_tokens)  # (1, queries, hidden_size)
+        x = x.expand(len(image_features), -1, -1)
         for layer in self.layers:
-            x = layer(x, picture, maps)
+            x = layer(x, image_features, maps)
         return x
 
     def init_weights(self) -> None:

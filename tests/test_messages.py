@@ -15,7 +15,7 @@ from experiments import agreement, evaluate, memory, official_sized, readme, run
 from experiments.command_line import report
 from miniature import pretrain, pretrain_language, world
 from model import ModelConfig, TinyGPTV
-from official import convert, fetch, load
+from official import convert, export, fetch, load
 from official.weights import clip_from_official
 from test_fetch import file  # noqa: F401  a server that answers as the path says
 from test_load import EVA, QFORMER
@@ -99,11 +99,13 @@ def test_a_try_does_not_replace_what_the_readme_shows(tmp_path, capsys):
     assert json.loads((tmp_path / "heat_n-5.json").read_text()) == {"given": "n=5"}
 
 
-def test_quantized_weights_are_not_trained(small, tmp_path, refusal):
+def test_quantized_weights_are_not_trained_or_exported(small, tmp_path, refusal):
     assert quantize.main(["--weights", str(small), "--out", str(tmp_path / "int8")]) == 0
     told = refusal(train.main, "stage=4", "from_stage=4", f"weights={tmp_path / 'int8'}",
                    f"out={tmp_path / 'run'}")  # fmt: skip
     assert "int8 is quantized; train on what it was made from" in told
+    told = refusal(export.main, "--weights", tmp_path / "int8", "--out", tmp_path / "a.pth")
+    assert "int8 is quantized; export what it was made from" in told
 
 
 def test_the_report_of_loading_goes_to_stderr(small, drawing, monkeypatch, tmp_path, capsys):
