@@ -348,6 +348,7 @@ MAY_CHANGE = ("weights", "data", "out", "resume", "micro_batch_size", "checkpoin
               "save_every", "device", "num_workers")  # fmt: skip
 
 
+# What train_state.pt holds.
 STATE = {"config", "world_size", "step", "model", "frozen", "optimizer", "scaler"}
 
 
