@@ -11,6 +11,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,8 @@ NAMED |= {"object": ("", ""), "objects": ("", "")}
 LOOKS = sum(map(len, world.ATTRIBUTES.values())) + 2 * 8  # how many things `looks` tells
 PAIRS = len(world.ATTRIBUTES) + 2  # and `pairs`
 ROUGHLY = 2  # hundredths of the picture
+# Steps and highest learning rate of each cycle.
+CYCLES = ((7000, 1.5e-3), (3000, 8e-4))
 ROW_TOKENS = 210  # rows of similar length waste little on padding
 
 
@@ -118,7 +121,9 @@ def learn_all_text(row: dict) -> dict:
 
 def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
     """(T, 4): for each token of a phrase or a box, 1 for the objects (from left to right) that it
-    may mean by what it has said so far, 0 for the others; IGNORE at all other tokens.
+    may mean by what it has said so far, 0 for the others; IGNORE at all other tokens. In an answer
+    to a question about a box, phrases mean what is in the box: else Phi would learn to forget it
+    with "small", if something else is small as well.
 
     In a scene with a red moon, a red star and a blue star: "the" IGNORE, "red" 1 1 0 0, "star" (the
     red one) 0 1 0 0, "is" IGNORE.
@@ -126,6 +131,8 @@ def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
     words = world.inventory(scene)
     slots = [dict(zip(SLOT_NAMES, words[start : start + 8])) for start in range(0, 32, 8)]
     rows, said, ended = [], {}, False  # said: what the phrase or box says of its object
+    anything = [1] * len(slots)
+    boxed = asked = anything  # the objects of the turn's last box; those that the answer is about
     for before, text in zip(["", *texts], texts):
         word = text.strip()
         if word in NAMED and ended or before.endswith("{<"):
@@ -138,12 +145,21 @@ def referred_objects(texts: list[str], scene: world.Scene) -> Tensor:
         else:
             if text != "><":
                 said, ended = {}, False
+            if "#" in text:
+                boxed = asked = anything
+            elif "[/" in text:
+                asked = boxed
             rows.append([IGNORE] * len(slots))
             continue
         named = {name: value for name, value in said.items() if name}
-        rows.append([int(slot["size"] != "none" and all(map(fits, named.values(),
-                                                            map(slot.get, named))))
-                     for slot in slots])  # fmt: skip
+        fitting = [int(slot["size"] != "none" and all(map(fits, named.values(),
+                                                          map(slot.get, named))))
+                   for slot in slots]  # fmt: skip
+        if word.isdigit():
+            boxed = fitting if any(fitting) else anything
+        else:
+            fitting = [a & b for a, b in zip(fitting, asked)]
+        rows.append(fitting)
     return torch.tensor(rows)
 
 
@@ -209,22 +225,6 @@ def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
     return batch
 
 
-def left_edge_gap(scene: world.Scene) -> float:
-    """How near each other the two nearest left edges are, as a share of the picture's width; 1
-    where there is one object. Where they are near, x1 alone can't tell which object a box is."""
-    edges = sorted(obj.box[0] for obj in scene.objects)
-    return min((b - a for a, b in itertools.pairwise(edges)), default=1.0)
-
-
-def draw_scene(seed: int, most: int, rng: random.Random) -> world.Scene:
-    """A scene of at most so many objects; every other time, by chance, the hardest of eight (see
-    left_edge_gap) that has as many objects as the first: if hard scenes had more of them than
-    others, Phi would come to expect more."""
-    drawn = [world.sample_scene(seed + n, "train", most) for n in range(rng.choice((1, 8)))]
-    alike = [scene for scene in drawn if len(scene.objects) == len(drawn[0].objects)]
-    return min(alike, key=left_edge_gap)
-
-
 class LanguageScenes(IterableDataset):
     """Batches of scenes written out, with what stages 1, 3 and 4 will say of them, without end,
     for one worker.
@@ -239,15 +239,13 @@ class LanguageScenes(IterableDataset):
 
     def __iter__(self):
         for number in itertools.count():
-            start = 10**8 + 8 * number * self.batch_size
-            seeds = range(start, start + 8 * self.batch_size, 8)
-            rows = [self.row(seed, number) for seed in seeds]
+            start = 10**8 + number * self.batch_size
+            rows = [self.row(seed, number) for seed in range(start, start + self.batch_size)]
             yield language_batch(rows, self.tokenizer)
 
     def row(self, seed: int, number: int) -> dict:
         most = 2 if number < self.easy else world.MAX_OBJECTS
-        rng = random.Random(seed)
-        scene = draw_scene(seed, most, rng)
+        scene, rng = world.sample_scene(seed, "train", most), random.Random(seed)
         weights = FIRST_TASKS if number < self.first else LATER_TASKS
         stage = 4 if number < self.first else rng.choices((1, 3, 4), (1, 1, 10))[0]
         if stage == 4:
@@ -396,7 +394,7 @@ def new_phi(tokenizer: Tokenizer) -> Phi:
 
 
 def pretrain_language(
-    out: Path, steps: int = 11000, batch_size: int = 8, peak_lr: float = 1.5e-3
+    out: Path, cycles: Sequence[tuple[int, float]] = CYCLES, batch_size: int = 8
 ) -> None:
     """Phi from scratch on text alone; writes phi.safetensors."""
     torch.manual_seed(0)
@@ -406,17 +404,19 @@ def pretrain_language(
     scenes = LanguageScenes(tokenizer, batch_size, first=500, easy=1500)
     loader = iter(DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8))
     began = time.time()
-    bar = tqdm(range(steps), desc="language")
-    for step in bar:
+    rates = [warmup_cosine(step, steps, peak_lr) for steps, peak_lr in cycles
+             for step in range(steps)]  # fmt: skip
+    bar = tqdm(rates, desc="language")
+    for step, lr in enumerate(bar):
         batch = next(loader)
         with torch.autocast("cpu", torch.bfloat16):
             losses = language_loss(phi, scaffold, batch)
         text_loss, *head_losses = losses.values()
         total = text_loss + 2 * sum(head_losses)
-        optimizer_step(optimizer, total, warmup_cosine(step, steps, peak_lr))
+        optimizer_step(optimizer, total, lr)
         losses = {name: round(loss.item(), 3) for name, loss in losses.items()}
         bar.set_postfix(losses, refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == len(rates):
             save_half(phi, out / "phi.safetensors")
             minutes = round((time.time() - began) / 60, 1)
             probe = language_probe(phi, scaffold, tokenizer, "val")
