@@ -440,8 +440,8 @@ class TinyGPTV(nn.Module):
         return self.config.vision.image_size * (2 if self.stage == 4 else 1)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all that the stages train, in fp32, and what is `carried`, in the
-        model's precision. Raises ValueError if the model is quantized."""
+        """What a checkpoint holds: all that the stages train, in fp32, and what is `carried`, in
+        the model's precision. Raises ValueError if the model is quantized."""
         if self.config.int8:
             raise ValueError("of a quantized model nothing can be trained or exported; use the one "
                              "that it was made from")  # fmt: skip

@@ -204,8 +204,9 @@ def check_config(config: object) -> None:
         if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
             raise ValueError(f"{whole} {sizes[whole]} is no multiple of {part} {sizes[part]}")
     if isinstance(config, PhiConfig):
-        if config.rotary_dim < 2 or config.rotary_dim % 2:
-            raise ValueError(f"{config.rotary_dim} channels of each head rotate; they have to be pairs")
+        rotary_dim = config.rotary_dim
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise ValueError(f"{rotary_dim} channels of each head rotate; they have to be pairs")
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
