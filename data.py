@@ -285,12 +285,8 @@ def user_turn(
     return STAGES[stage].template.format(text + " " if image and stage == 4 else text)
 
 
-def inference_prompt(task: str, text: str, stage: int, official: bool = False) -> str:
-    """The prompt for one picture, worded as in training.
-
-    text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
-    grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
-    """
+def check_request(task: str, text: str, stage: int) -> None:
+    """Raises ValueError for a task or text that `inference_prompt` has no prompt for."""
     if task not in POOLS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(POOLS)}")
     textless = "caption" in EXAMPLES[task]  # what such a record needs is an answer alone
@@ -300,6 +296,15 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
         raise ValueError(f"stage {stage} only learns to caption; task {task} needs stage 3 or 4")
     if task == "identify" and len(parse_boxes(text)[0]) != 1:
         raise ValueError(f"task identify needs one box like {{<10><20><50><60>}}, not {text!r}")
+
+
+def inference_prompt(task: str, text: str, stage: int, official: bool = False) -> str:
+    """The prompt for one picture, worded as in training.
+
+    text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
+    grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
+    """
+    check_request(task, text, stage)
     if stage == 3 and task == "caption":
         task = "detail"  # stage 3 knows no other request for a description
     if task in ("vqa", "refer") and not official and IMAGE_PLACEHOLDER not in text:
@@ -537,17 +542,27 @@ class Encoding(NamedTuple):
     max_length: int = 2048  # of a row, in tokens: the language model has no more positions
 
 
+def encode_text(
+    record: dict, size: tuple[int, int] | None, rng: random.Random, encoding: Encoding
+) -> dict:
+    """`encode_sample` of a record. size: (width, height) of its picture, if any."""
+    stage, tokenizer, _, num_queries, max_length = encoding
+    turns = make_sample(record, stage, rng, size)
+    _, end_sym, max_txt_len = STAGES[stage]
+    num_images = int(size is not None)
+    return encode_sample(
+        turns, tokenizer, num_images, num_queries, max_txt_len, end_sym, max_length
+    )
+
+
 def encode_record(
     record: dict, image: Image.Image | None, rng: random.Random, encoding: Encoding
 ) -> dict:
-    """`encode_sample` of a record, with pixel_values (1, 3, S, S) if it has a picture."""
-    stage, tokenizer, image_size, num_queries, max_length = encoding
-    turns = make_sample(record, stage, rng, image.size if image else None)
-    _, end_sym, max_txt_len = STAGES[stage]
-    row = encode_sample(
-        turns, tokenizer, int(bool(image)), num_queries, max_txt_len, end_sym, max_length
-    )
-    return row | ({"pixel_values": preprocess(image, image_size)[None]} if image else {})
+    """`encode_text` of a record, with pixel_values (1, 3, S, S) if it has a picture."""
+    if image is None:
+        return encode_text(record, None, rng, encoding)
+    row = encode_text(record, image.size, rng, encoding)
+    return row | {"pixel_values": preprocess(image, encoding.image_size)[None]}
 
 
 def collate(rows: list[dict], pad_id: int) -> dict:

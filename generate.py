@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import STAGES, Tokenizer, encode_prompt, inference_prompt
+from data import STAGES, Tokenizer, check_request, encode_prompt, inference_prompt
 from data import left_pad_collate, load_image, preprocess, printable
 from experiments.pictures import answer_attention, boxes_of, check_picture_name
 from experiments.pictures import draw_answer, draw_attention
@@ -455,7 +455,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.chat:
         arguments.ask = asked_text(arguments.task, arguments.ask)
         stage = 4 if arguments.stage is None else arguments.stage
-        inference_prompt(arguments.task, arguments.ask, stage)  # or an error
+        check_request(arguments.task, arguments.ask, stage)
     sampling = Sampling(
         arguments.temperature, arguments.top_k, arguments.top_p,
         arguments.repetition_penalty, arguments.seed,

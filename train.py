@@ -200,12 +200,17 @@ def mixture_batches(
             yield [(which, place) for place in range(first + rank, used[which], world_size)]
 
 
-def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
-    """The datasets that a stage learns from, how often each is drawn, and its batch size."""
-    encoding = Encoding(
-        config.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries,
+def encoding_of(model: TinyGPTV) -> Encoding:
+    """What the rows of the model's stage depend on."""
+    return Encoding(
+        model.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries,
         model.config.phi.max_position_embeddings,
     )  # fmt: skip
+
+
+def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
+    """The datasets that a stage learns from, how often each is drawn, and its batch size."""
+    encoding = encoding_of(model)
     if config.data == "world":
         datasets, ratios = world_mixture(encoding, config.seed)
     elif has_mixture(config.data):

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Encoding, make_sample
+from data import make_sample
 from experiments import evaluate
 from experiments.command_line import key_values
 from experiments.encoded_scenes import (
@@ -68,6 +68,7 @@ from official.checkpoints import replace_file
 from train import (
     MixtureDataset,
     TrainConfig,
+    encoding_of,
     enter_stage,
     fastest_precision,
     learning_rate,
@@ -255,8 +256,7 @@ def pool_mixture(
     model: TinyGPTV, ratios: dict[str, int], view: str, seed: int, pool: Pool
 ) -> MixtureDataset:
     """The datasets that the model's stage draws from, in the order of `ratios`."""
-    num_queries = model.config.qformer.num_queries
-    encoding = Encoding(model.stage, model.tokenizer, model.image_size, num_queries)
+    encoding = encoding_of(model)
     vectors = pool[f"{view} {model.image_size}"]
     return MixtureDataset([PoolDataset(task, encoding, seed, vectors) for task in ratios])
 

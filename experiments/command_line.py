@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,13 +26,18 @@ def key_values(arguments: list[str], config_class: type) -> dict:
     return given
 
 
+def unusual(config: object, names: Iterable[str]) -> list[str]:
+    """Of these options those that do not have their defaults, as parts of a file's name."""
+    return [f"{name}-{getattr(config, name)}" for name in names
+            if getattr(config, name) != getattr(type(config), name)]  # fmt: skip
+
+
 def keep(result: dict, path: Path, config: object, places: Sequence[str] = ()) -> None:
     """Prints a result as a line of JSON, and writes it to a file: `path`, with every option in its
     name that is not as usual, so that a try does not replace what README shows. places: options
     that say where something is, and not what is measured."""
-    unusual = [f"{field.name}-{getattr(config, field.name)}" for field in fields(config)
-               if field.name not in places and getattr(config, field.name) != field.default]
-    path = path.with_stem("_".join([path.stem, *unusual]))
+    names = [field.name for field in fields(config) if field.name not in places]
+    path = path.with_stem("_".join([path.stem, *unusual(config, names)]))
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result))
 

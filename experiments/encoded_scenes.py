@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import STAGES, Encoding, encode_sample, make_sample, preprocess
+from data import Encoding, encode_text, preprocess
 from miniature import draw, world
 from miniature.stream import record_about
 from model import TinyGPTV, autocast
@@ -91,14 +91,12 @@ class PoolDataset(Dataset):
         self.task, self.encoding, self.seed, self.vectors = task, encoding, seed, vectors
 
     def __getitem__(self, position: int) -> dict:
-        stage, tokenizer, size, num_queries, max_length = self.encoding
-        rng = random.Random(f"{self.seed} {self.task} {stage} {position}")
+        size = self.encoding.image_size
+        rng = random.Random(f"{self.seed} {self.task} {self.encoding.stage} {position}")
         number = rng.randrange(len(self.vectors))
         scene = world.sample_scene(FIRST_SCENE + number, "train")
         record = record_about(scene, rng, self.task, size)
-        turns = make_sample(record, stage, rng, (size, size))
-        _, end_sym, max_txt_len = STAGES[stage]
-        row = encode_sample(turns, tokenizer, 1, num_queries, max_txt_len, end_sym, max_length)
+        row = encode_text(record, (size, size), rng, self.encoding)
         return row | {"pixel_values": self.vectors[number][None]}
 
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
-from experiments.command_line import key_values
+from experiments.command_line import key_values, unusual
 from experiments.scores import Count, metrics, score
 from generate import Sampling, encode_images, start_answers
 from miniature import world
@@ -235,10 +235,7 @@ def result_name(config: Config, stage: int) -> str:
     parts = ["world", config.split]
     if config.bench == "jsonl":
         parts = [Path(config.data).resolve().parent.name, Path(config.data).stem]
-    parts += [f"stage{stage}"] + ["blind"] * config.blind
-    for key in ("n", "seed"):
-        if (value := getattr(config, key)) != getattr(Config, key):
-            parts.append(f"{key}-{value}")
+    parts += [f"stage{stage}"] + ["blind"] * config.blind + unusual(config, ("n", "seed"))
     if (weights := Path(config.weights).resolve()) != Path(Config.weights).resolve():
         parts.append(f"weights-{weights.name}")
     return "_".join(parts) + ".json"

@@ -69,7 +69,8 @@ class RunLog:
         end = self.file.seek(0)
         while line := self.file.readline():
             try:
-                step, seconds = map(json.loads(line).__getitem__, ("step", "seconds"))
+                record = json.loads(line)
+                step, seconds = record["step"], record["seconds"]
             except (ValueError, KeyError, TypeError):
                 break
             if step > start:

@@ -439,6 +439,12 @@ def test_mistakes_are_told_before_weights_load(capsys, picture, arguments):
     assert "/nowhere" in run(capsys, "--img", picture, *nowhere)[2][0]
 
 
+def test_a_long_question_is_told_once(capsys, says, picture):
+    says("yes###")
+    _, _, err = run(capsys, "--img", picture, "--ask", "is it red " * 20)
+    assert err == ["note: only the first 50 words of what was asked count, as in training"]
+
+
 def test_ctrl_c_is_no_error(capsys, picture, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
