@@ -20,7 +20,6 @@ Boxes and attention are drawn by experiments/pictures.py, a chat is held by expe
 
 import argparse
 import codecs
-import difflib
 import json
 import sys
 import warnings
@@ -33,10 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 from data import STAGES, Tokenizer, check_request, encode_prompt, inference_prompt
-from data import left_pad_collate, load_image, preprocess, printable
+from data import left_pad_collate, load_image, preprocess
+from experiments.command_line import Parser, exit_code
 from experiments.pictures import answer_attention, boxes_of, check_picture_name
 from experiments.pictures import draw_answer, draw_attention
-from model import DTYPES, KVCache, Phi, TinyGPTV, autocast, is_out_of_memory
+from model import DTYPES, KVCache, Phi, TinyGPTV, autocast
 
 
 # ---- sampling ----
@@ -328,11 +328,6 @@ ASK_FOR = {  # task: what --ask has to be
 BATCH_SIZE = 8  # of many pictures, this many are asked about at once
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)  # argparse would print all options and exit
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Raises ValueError for what is no option, and names the nearest one."""
     parser = Parser(description="Ask TinyGPT-V about a picture.", allow_abbrev=False)
@@ -356,12 +351,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     numbers = {"top-p": 1.0, "repetition-penalty": 1.0, "max-new-tokens": 120, "seed": 0}
     for name, default in numbers.items():
         add("--" + name, type=type(default), default=default, help=f"{default} by default")
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = ["--" + name.replace("_", "-") for name in vars(arguments)]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
-        raise ValueError(f"unknown argument {unknown[0]}; the nearest option is {nearest[0]}")
-    return arguments
+    return parser.parse(argv)
 
 
 def asked_text(task: str, ask: str | None) -> str:
@@ -479,23 +469,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-            run(parse_arguments(argv))
-        return 0
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        message = printable(" ".join(str(error).split()))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        message = "out of memory; use --dtype bf16, or --device cpu if it was the GPU's"
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        return exit_code(
+            lambda: run(parse_arguments(argv)),
+            "use --dtype bf16 or --int8, or --device cpu if it was the GPU's",
+        )
 
 
 if __name__ == "__main__":

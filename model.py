@@ -392,12 +392,6 @@ def autocast(weight: Tensor) -> torch.autocast:
     return torch.autocast(weight.device.type, weight.dtype, enabled=is_half)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it was memory that an error is about: torch has a class of it for GPUs alone."""
-    kinds = torch.OutOfMemoryError, MemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
 def is_new(name: str) -> bool:
     """Whether a parameter is TinyGPT-V's own: no backbone brings the projections and LoRA."""
     return name.startswith("projector.") or ".lora_" in name

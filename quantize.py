@@ -15,7 +15,6 @@ Read it from the leaves to the root:
     python quantize.py --weights DIR --out DIR
 """
 
-import argparse
 import functools
 import json
 import math
@@ -405,18 +404,19 @@ def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
-    parser = argparse.ArgumentParser(description="Quantize TinyGPT-V to int8.")
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    from experiments.command_line import Parser, exit_code
+
+    parser = Parser(description="Quantize TinyGPT-V to int8.", allow_abbrev=False)
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--stage", type=int, help="the last by default")
-    given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        given = parser.parse(arguments)
         print(quantize_directory(given.weights, given.out, given.stage))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import IGNORE, Encoding, RecordDataset, collate, printable, read_folder, read_records
-from experiments.command_line import key_values
+from data import IGNORE, Encoding, RecordDataset, collate, read_folder, read_records
+from experiments.command_line import exit_code, key_values
 from experiments.run_log import RunLog, draw_losses
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV
-from model import autocast, half_dtype, is_out_of_memory, is_trainable
+from model import autocast, half_dtype, is_trainable
 from official.checkpoints import replace_file, save_checkpoint, tensors_fingerprint
 from official.load import first_words
 from official.stream import folder_mixture, has_mixture
@@ -249,7 +249,22 @@ def batches(
         collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),
         worker_init_fn=leave_the_group,
     )  # fmt: skip
-    return iter(loader)
+    return with_plain_errors(iter(loader))
+
+
+def with_plain_errors(stream: Iterator[list[dict]]) -> Iterator[list[dict]]:
+    """The same batches. Errors of the processes that make them lose their tracebacks, which come in
+    words: raises ValueError with the last line."""
+    try:
+        yield from stream
+    except (ValueError, OSError) as error:
+        *_, line = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(re.sub(r"^\w+Error: ", "", line)) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError("a process that makes batches has died, perhaps for lack of memory; with "
+                         "num_workers=0 there are none") from None  # fmt: skip
 
 
 def leave_the_group(worker: int) -> None:
@@ -543,7 +558,7 @@ def summary(model: TinyGPTV, steps: int, batch_sizes: list[int], precision: str)
 def train(config: TrainConfig) -> int:
     """One stage from beginning to end, or on from where it was stopped (config.resume). Writes
     config.json, model.safetensors, log.jsonl and loss.png into config.out, and train_state.pt
-    until it is done. Returns 0, or the number of the signal that stopped it."""
+    until it is done. Returns 0, or 128 + the number of the signal that stopped it."""
     config = with_defaults(config)
     device, rank, world_size = join_processes(config.device)
     log = RunLog(Path(config.out), config.resume, quiet=rank > 0)
@@ -579,7 +594,7 @@ def train(config: TrainConfig) -> int:
                     save_state(config, world_size, step + 1, model, optimizer, scaler)
             if stopped:
                 log.tell(f"stopped after step {step + 1}; add resume=1 to go on")
-                return signals[0] if signals else signal.SIGTERM
+                return 128 + (signals[0] if signals else signal.SIGTERM)
     log.tell(log.closing_words(schedule.steps - start))
     if rank == 0:
         finish(config)
@@ -617,37 +632,15 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     return config
 
 
-def last_line(error: Exception) -> str:
-    """What went wrong; where that was in a process that makes batches, the end of its traceback."""
-    *_, line = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(re.sub(r"^\w+Error: ", "", line))
-
-
 def main(arguments: list[str]) -> int:
     """Exit code: 0; 2 after a line on stderr that says what was wrong; 128 + the number of the
     signal that stopped it, 130 for Ctrl-C."""
+    advice = "checkpointing=1, micro_batch_size=1, a smaller batch_size or int8=1 need less"
     try:
-        stopped_by = train(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(f"train.py: {last_line(error)}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error):
-            told = "a process that makes batches has died, perhaps for lack of memory; with "
-            print(f"train.py: {told}num_workers=0 there are none", file=sys.stderr)
-            return 2
-        if not is_out_of_memory(error):
-            raise
-        told = f"train.py: out of memory ({first_words(error)}). checkpointing=1 and "
-        print(told + "micro_batch_size=1 need less, and more time", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped before the first step", file=sys.stderr)
-        return 130
+        return exit_code(lambda: train(parse_arguments(arguments)), advice)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 128 + stopped_by if stopped_by else 0
 
 
 if __name__ == "__main__":

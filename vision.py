@@ -45,8 +45,11 @@ VISION_PRESETS = {
 
 
 class PatchEmbed(nn.Module):
-    """Cuts the picture into patches and maps each to one vector: a convolution whose stride is
-    its kernel size is exactly a linear layer on every patch."""
+    """Cuts the picture into patches and maps each to one vector.
+
+    The official file has this as a convolution whose stride is its kernel size; that is exactly a
+    linear layer on the numbers of every patch. So it is multiplied, which also spares the memory
+    that torch's convolution takes in bf16 on some CPUs."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -55,8 +58,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (B, 3, S, S) -> (B, N, hidden_size), row by row."""
-        x = self.proj(pixel_values)  # (B, C, S/14, S/14)
-        return x.flatten(2).transpose(1, 2)
+        patch = self.proj.kernel_size[0]
+        x = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+        x = x.permute(0, 2, 4, 1, 3, 5)  # (B, 3, rows, 14, columns, 14) -> by patch, 3 x 14 x 14
+        x = x.flatten(3).flatten(1, 2)  # (B, N, 588)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import make_sample
 from experiments import evaluate
-from experiments.command_line import key_values
+from experiments.command_line import exit_code, key_values
 from experiments.encoded_scenes import (
     Pool,
     PoolDataset,
@@ -411,21 +411,19 @@ def parse_arguments(arguments: list[str]) -> Config:
     return config
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        config = parse_arguments(arguments)
-        jobs = [(name, seed) for seed in range(config.seeds) for name in STUDIES[config.study]]
-        left = [job for job in jobs if not is_done(config, *job)]
-        if left:
-            model = new_model(config, Variant(), 0, {})
-            pool_path = open_pool(model, config.weights, config.scenes, config.pool)
-    except (ValueError, OSError) as error:
-        print(f"ablation.py: {error}", file=sys.stderr)
-        return 2
-    if left:
-        run_all(left, config, pool_path)
+def run_study(arguments: list[str]) -> None:
+    """Runs what of a study has not been run yet; prints the summary."""
+    config = parse_arguments(arguments)
+    jobs = [(name, seed) for seed in range(config.seeds) for name in STUDIES[config.study]]
+    if left := [job for job in jobs if not is_done(config, *job)]:
+        model = new_model(config, Variant(), 0, {})
+        run_all(left, config, open_pool(model, config.weights, config.scenes, config.pool))
     print(json.dumps({"study": config.study, "runs": len(jobs)} | summary(config)))
-    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    return exit_code(lambda: run_study(arguments))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,57 @@
-"""What the scripts have in common: options as key=value, a file of results, a line of JSON."""
+"""What the command lines have in common: options, errors in one line, files of results."""
 
+import argparse
 import difflib
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+
+from data import printable
+
+
+class Parser(argparse.ArgumentParser):
+    """Options like --this VALUE. Mistakes are raised as ValueError, for `exit_code` to tell;
+    argparse would print all options and exit."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        """Raises ValueError for what is no option, and names the nearest one, if one is near."""
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists all options"
+            raise ValueError(f"unknown argument {unknown[0]}{hint}")
+        return given
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it was memory that an error is about; torch says so in several words."""
+    words = "out of memory", "can't allocate memory"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def exit_code(work: Callable[[], int | None], advice: str = "") -> int:
+    """Does the work of a script, and returns its exit code: what the work returns, or 0; 2 after a
+    line on stderr that says what was wrong; 130 after Ctrl-C. advice: what to do if memory is short.
+    Errors that are no user's mistake pass through."""
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        told = printable(" ".join(str(error).split()))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = f"out of memory; {advice or 'close other programs'}"
+    print(f"error: {told}", file=sys.stderr)
+    return 2
 
 
 def key_values(arguments: list[str], config_class: type) -> dict:
@@ -32,27 +78,27 @@ def unusual(config: object, names: Iterable[str]) -> list[str]:
             if getattr(config, name) != getattr(type(config), name)]  # fmt: skip
 
 
-def keep(result: dict, path: Path, config: object, places: Sequence[str] = ()) -> None:
-    """Prints a result as a line of JSON, and writes it to a file: `path`, with every option in its
-    name that is not as usual, so that a try does not replace what README shows. places: options
-    that say where something is, and not what is measured."""
-    names = [field.name for field in fields(config) if field.name not in places]
-    path = path.with_stem("_".join([path.stem, *unusual(config, names)]))
+def keep(result: dict, path: Path) -> None:
+    """Prints a result as a line of JSON, the last one of a script, and writes it to a file. Raises
+    OSError if that can't be written; what was measured is printed all the same."""
+    print(json.dumps(result), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
 
 
 def report(
     arguments: list[str], config_class: type, measure: Callable[..., dict], path: Path,
     places: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Measures with the config that key=value arguments make; `keep` tells what becomes of it. Exit
-    code: 0, or 2 after a line on stderr that says what was wrong."""
-    try:
+    """Measures with the config that key=value arguments make, and keeps the result in `path`, with
+    every option in its name that is not as usual, so that a try does not replace what README
+    shows. places: options that say where something is, and not what is measured. Returns the exit
+    code."""
+
+    def work() -> None:
         config = config_class(**key_values(arguments, config_class))
-        result = measure(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    keep(result, path, config, places)
-    return 0
+        names = [field.name for field in fields(config) if field.name not in places]
+        name = "_".join([path.stem, *unusual(config, names)])
+        keep(measure(config), path.with_stem(name))
+
+    return exit_code(work)

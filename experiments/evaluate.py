@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
-from experiments.command_line import key_values, unusual
+from experiments.command_line import exit_code, keep, key_values, unusual
 from experiments.scores import Count, metrics, score
 from generate import Sampling, encode_images, start_answers
 from miniature import world
@@ -241,23 +241,21 @@ def result_name(config: Config, stage: int) -> str:
     return "_".join(parts) + ".json"
 
 
+def run(arguments: list[str]) -> None:
+    """Measures, and keeps the result in a file of its own in experiments/results/."""
+    if any(f"bench={name}" in arguments for name in benchmarks.BENCHES):
+        name, result = benchmarks.run(arguments, RESULTS)
+    else:
+        config = parse_arguments(arguments)
+        result = evaluate(config)
+        name = result_name(config, result["stage"])
+    print(f"to be kept in experiments/results/{name}")
+    keep(result, RESULTS / name)
+
+
 def main(arguments: list[str]) -> int:
-    try:
-        if any(f"bench={name}" in arguments for name in benchmarks.BENCHES):
-            name, result = benchmarks.run(arguments, RESULTS)
-        else:
-            config = parse_arguments(arguments)
-            result = evaluate(config)
-            name = result_name(config, result["stage"])
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    path = RESULTS / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(f"kept in experiments/results/{path.name}")
-    print(json.dumps(result))
-    return 0
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    return exit_code(lambda: run(arguments), "say dtype=bf16 or a smaller batch_size")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.command_line import exit_code
+
 MAX_BAD_STEPS = 20  # in a row; fp16's loss scale takes up to 16 to settle
 MAX_SKIPPED = 0.01  # of the samples, once there were MIN_SAMPLES
 MIN_SAMPLES = 1000
@@ -209,17 +213,17 @@ def draw_losses(folders: Iterable[Path], path: Path) -> None:
     image.save(path)
 
 
-def main(arguments: list[str]) -> int:
-    if not arguments:
-        print("run_log.py: name the folders of some runs", file=sys.stderr)
-        return 2
-    try:
-        draw_losses(map(Path, arguments), Path("loss.png"))
-    except (OSError, ValueError) as error:
-        print(f"run_log.py: {error}", file=sys.stderr)
-        return 2
+def draw(folders: list[str]) -> None:
+    """loss.png in the current folder, of these runs. Raises ValueError if there are none."""
+    if not folders:
+        raise ValueError("name the folders of some runs")
+    draw_losses(map(Path, folders), Path("loss.png"))
     print("saved loss.png")
-    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
+    return exit_code(lambda: draw(arguments))
 
 
 if __name__ == "__main__":

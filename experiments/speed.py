@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import vision
 from data import inference_prompt, load_image
-from experiments.command_line import keep, key_values
+from experiments.command_line import report
 from experiments.peers import LlamaCpp, write_gguf
 from generate import encode_images, generate_ids, prepare
 from model import ModelConfig, TinyGPTV, set_dtype
@@ -284,24 +284,23 @@ def cpu_name() -> str:
     return f"{name[1] if name else platform.processor()}, {', '.join(units) or 'no int8 unit'}"
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        config = Config(**key_values(arguments, Config))
-        if config.peer not in ("", "llama.cpp"):
-            raise ValueError(f"peer={config.peer} is not known; the one there is: llama.cpp")
-        if config.peer and not LlamaCpp.is_installed():
-            print("peer=llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
-            config.peer = ""
-        first_token = {"first_token": starts(config.weights)} if config.weights else {}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def measure_all(config: Config) -> dict:
+    """All that README shows. Raises ValueError for another peer than there is."""
+    if config.peer not in ("", "llama.cpp"):
+        raise ValueError(f"peer={config.peer} is not known; the one there is: llama.cpp")
+    if config.peer and not LlamaCpp.is_installed():
+        print("peer=llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
+        config.peer = ""
     result = {"layers": config.layers or "all", "rounds": config.rounds, "cpu": cpu_name(),
               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-    result |= first_token
-    result = rounded(result | measure(config))
-    keep(result, RESULT, config, places=("weights", "peer"))
-    return 0
+    if config.weights:
+        result["first_token"] = starts(config.weights)
+    return rounded(result | measure(config))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    return report(arguments, Config, measure_all, RESULT, places=("weights", "peer"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import IGNORE, IMAGE_TOKEN_ID
-from experiments.command_line import keep, key_values
+from experiments.command_line import report
 from model import DTYPES, ModelConfig, RMSNorm, TinyGPTV, set_dtype
 from quantize import QUANTIZED, quantize_model
 from train import (
@@ -281,9 +281,8 @@ def with_int8(peak: Counter[str], config: Config, sizes: ModelConfig) -> Counter
 # ---- the command line ----
 
 
-def parse_arguments(arguments: list[str]) -> Config:
-    """key=value pairs -> Config. Raises ValueError for what it can't be."""
-    config = Config(**key_values(arguments, Config))
+def check(config: Config) -> None:
+    """Raises ValueError for what a config can't be."""
     if config.stage not in range(5):
         raise ValueError(f"stage={config.stage}: say stage=1, 2, 3 or 4, or nothing to see all")
     for key, values in (("preset", SCHEDULES), ("precision", DTYPES)):
@@ -297,7 +296,6 @@ def parse_arguments(arguments: list[str]) -> Config:
             raise ValueError(f"{key}: say for which stage, stage=1, 2, 3 or 4")
     if config.measured and not torch.cuda.is_available():
         raise ValueError("measured=1: torch sees no GPU here; leave it out to have the plan alone")
-    return config
 
 
 def settled(config: Config, stage: int) -> tuple[Config, ModelConfig]:
@@ -360,18 +358,18 @@ def overview(runs: list[dict]) -> str:
     return "\n".join(lines) + "\n* over the goal; each column has what the one before has, too"
 
 
+def measure(config: Config) -> dict:
+    """The plan of one stage, or of all four in each of the ways of GOALS; shown as a table, too."""
+    check(config)
+    if config.stage:
+        result = plan(config, config.stage)
+        print(table(result))
+        return result
+    runs = [run for stage in TOKENS for run in plans(config, stage)]
+    print(overview(runs))
+    return {"torch": torch.__version__, "runs": runs}
+
+
 def main(arguments: list[str]) -> int:
-    try:
-        config = parse_arguments(arguments)
-        if config.stage:
-            result = plan(config, config.stage)
-            print(table(result))
-        else:
-            runs = [run for stage in TOKENS for run in plans(config, stage)]
-            result = {"torch": torch.__version__, "runs": runs}
-            print(overview(runs))
-    except (ValueError, torch.OutOfMemoryError) as error:
-        print(f"memory.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    keep(result, RESULT, config)
-    return 0
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    return report(arguments, Config, measure, RESULT)

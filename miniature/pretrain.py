@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments.command_line import exit_code
 from miniature.bpe import pretrain_tokenizer
 from miniature.pretrain_language import pretrain_language
 from miniature.pretrain_projection import pretrain_projection
@@ -35,24 +36,24 @@ PARTS = {
 }
 
 
-def main(arguments: list[str]) -> int:
+def pretrain(arguments: list[str]) -> None:
+    """The parts that the arguments name. Raises ValueError for what is no part."""
     out = Path(__file__).resolve().parent / "weights"
     chosen = arguments[0].removeprefix("part=") if arguments else "all"
     if len(arguments) > 1 or chosen not in ("all", *PARTS):
         parts = ", ".join(f"part={name}" for name in PARTS)
-        print(f"pretrain.py: say {parts} or nothing, not {' '.join(arguments)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"say {parts} or nothing, not {' '.join(arguments)}")
     out.mkdir(parents=True, exist_ok=True)
     config = asdict(ModelConfig.preset("mini", stage=0))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    try:
-        for name, pretrain in PARTS.items():
-            if chosen in ("all", name):
-                pretrain(out)
-    except ValueError as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for name, make in PARTS.items():
+        if chosen in ("all", name):
+            make(out)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    return exit_code(lambda: pretrain(arguments))
 
 
 if __name__ == "__main__":

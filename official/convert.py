@@ -15,7 +15,6 @@ an object has several referring expressions, the official reader draws one each 
 a record, so that such an object comes more often.
 """
 
-import argparse
 import functools
 import io
 import json
@@ -33,6 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import caption_text, format_box, validate_record
+from experiments.command_line import Parser, exit_code
 from official.checkpoints import replace_file
 
 COCO = ("train2014", "coco/images")  # the folder of COCO's pictures, in two published layouts
@@ -350,19 +350,18 @@ def convert(name: str, src: Path, out: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
-    parser = argparse.ArgumentParser(description="Make a record file of an official dataset.")
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    parser = Parser(description="Make a record file of an official dataset.", allow_abbrev=False)
     parser.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--src", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/NAME.jsonl")
-    given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        given = parser.parse(arguments)
         out = given.out or given.src / f"{given.name}.jsonl"
         print(convert(given.name, given.src, out), file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Names, layout and container are the official ones; the optimizer's state is not exported.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments.command_line import Parser, exit_code
 from model import TinyGPTV, is_trainable
 from official.checkpoints import open_pretrained, replace_file
 from official.weights import to_official
@@ -44,23 +44,22 @@ def export_checkpoint(model: TinyGPTV, state: dict[str, Tensor], path: Path) -> 
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
-    parser = argparse.ArgumentParser(description="Export a checkpoint in the official format.")
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    parser = Parser(description="Export a checkpoint in the official format.", allow_abbrev=False)
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        given = parser.parse(arguments)
         if not given.out.parent.is_dir() or given.out.is_dir():
             raise ValueError(f"--out {given.out}: say a file in a folder that exists")
         model, state = read_checkpoint(given.weights)
         if model.load_report:
             print(model.load_report, file=sys.stderr)
         count = export_checkpoint(model, state, given.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{given.out}: {count} tensors of stage {model.stage}")
-    return 0
+        print(f"{given.out}: {count} tensors of stage {model.stage}")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def sha256(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, or 2 after a line on stderr that says what was wrong."""
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description="Download the official weight files.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="without it: say what there is")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=4)
@@ -166,6 +166,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -395,8 +395,8 @@ def says(model, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     ("", "required: --img"),
     ("--img no.png", "cannot read the image no.png: No such file"),
-    ("--img {picture} --tempratur 1", "unknown argument --tempratur; .* is --temperature"),
-    ("--img {picture} --topk=3", "unknown argument --topk=3; the nearest option is --top-k"),
+    ("--img {picture} --tempratur 1", "unknown argument --tempratur; did you mean --temperature"),
+    ("--img {picture} --topk=3", "unknown argument --topk=3; did you mean --top-k"),
     ("--img {picture} b.png", "cannot read the image b.png: No such file"),
     ("--img {picture} --attn {folder}/out.xyz", "--attn .*no picture format has this ending"),
     ("--img {picture} --attn-queries", "--attn-queries needs --attn FILE"),

@@ -452,7 +452,7 @@ def test_an_error_in_a_worker_is_one_line(tmp_path: Path, monkeypatch, capsys):
 
     monkeypatch.setattr(train.MixtureDataset, "__getitem__", broken)
     assert run(tmp_path / "run", "steps=1", "num_workers=1") == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "train.py: the picture a.jpg is gone"
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the picture a.jpg is gone"
 
 
 def test_logs_of_something_else_are_named(tmp_path: Path):
