@@ -305,11 +305,12 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     number. release: called after each layer, to give back the memory of its old form, so that
     the weights are never in memory twice."""
     phi.requires_grad_(False)
-    for number, block in enumerate(phi.layers):
-        if phi.config.qk_norm and phi.config.attn_norm:
-            phi.layers[number] = Int8Block(block, phi.config.rotary_dim)
+    has_norms = phi.config.qk_norm and phi.config.attn_norm
+    for number in range(len(phi.layers)):
+        if has_norms:
+            phi.layers[number] = Int8Block(phi.layers[number], phi.config.rotary_dim)
         else:  # a study of TinyGPT-V without its norms
-            pack_layers(block, 2)
+            pack_layers(phi.layers[number], 2)
         release()
     phi.lm_head = PackedLinear([phi.lm_head], 2)
     release()

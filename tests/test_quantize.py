@@ -128,6 +128,17 @@ def test_quantizing_lets_go_of_each_matrix_before_the_next():
     assert alive[0] - alive[-1] == len(alive) - 1 == 44
 
 
+@needs_unit
+def test_packing_lets_go_of_each_layer_before_the_next():
+    whole = TinyGPTV.from_pretrained(WEIGHTS, stage=4, int8=True, pack=False)
+    phi = whole.phi
+    before = [weakref.ref(block.self_attn.qkv.weight) for block in phi.layers]
+    alive = []
+    quantize.pack_phi(phi, lambda: alive.append(sum(weight() is not None for weight in before)))
+    layers = len(before)
+    assert alive == [*range(layers - 1, -1, -1), 0]
+
+
 # ---- layers and their twins ----
 
 
@@ -451,8 +462,10 @@ def test_what_was_begun_is_taken_away_after_an_error(tmp_path, capsys):
 def test_a_quantized_model_is_not_saved_or_trained(int8_directory, tmp_path):
     with pytest.raises(ValueError, match="use the one that it was made from"):
         save_checkpoint(TinyGPTV.from_pretrained(int8_directory), tmp_path)
-    config = TrainConfig(stage=4, weights=str(int8_directory), out=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="is quantized; train on what it was made from|holds st"):
+    config = TrainConfig(
+        stage=4, from_stage=4, weights=str(int8_directory), out=str(tmp_path / "out")
+    )
+    with pytest.raises(ValueError, match="is quantized; train on what it was made from"):
         train(config)
 
 
