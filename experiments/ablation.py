@@ -21,8 +21,8 @@ how much. Without LoRA, all else is trained as with it.
 How to read it. Only the full model's learning rates were tuned. The stages are shorter than the
 shipped ones and learn from a pool of scenes that are encoded once, so that "full" is not the
 shipped model. Seeds change the projection, LoRA, the order of scenes and their wording, in the same
-way for all variants: their differences are to be compared seed by seed. Six layers are too few to
-overflow as 32 do; what fp16 does to a step (fp16.py) is looked at before and after each stage.
+way for all variants: their differences are to be compared seed by seed. Six layers may be too few
+to overflow as 32 do; what fp16 does to a step (fp16.py) is looked at before and after each stage.
 """
 
 import json
@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import make_sample
 from experiments import evaluate
-from experiments.command_line import exit_code, key_values
+from experiments.command_line import exit_code, key_values, other_weights, unusual
 from experiments.encoded_scenes import (
     Pool,
     PoolDataset,
@@ -321,7 +321,21 @@ def world_metrics(model: TinyGPTV, n: int) -> dict:
 
 
 def result_path(config: Config, name: str, seed: int) -> Path:
-    return RESULTS / config.study / f"{name.lower().replace(' ', '-')}-{seed}.json"
+    """The file of a run, with every option in its name that is not as usual."""
+    parts = [f"{name.lower().replace(' ', '-')}-{seed}",
+             *unusual(config, ("steps", "batch_size", "n", "scenes")),
+             *other_weights(config.weights, Config.weights)]  # fmt: skip
+    return RESULTS / config.study / f"{'_'.join(parts)}.json"
+
+
+def read_run(path: Path) -> dict:
+    """A run's result. Raises ValueError for a file that is damaged."""
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        run["variant"], run["seed"], run["stages"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r:.80}): delete it to run that again") from None
+    return run
 
 
 def described(config: Config, name: str, seed: int) -> dict:
@@ -337,11 +351,11 @@ def is_done(config: Config, name: str, seed: int) -> bool:
     path = result_path(config, name, seed)
     if not path.exists():
         return False
-    before, now = json.loads(path.read_text("utf-8")), described(config, name, seed)
+    before, now = read_run(path), described(config, name, seed)
     changed = [f"{key}={before.get(key)}" for key in now if before.get(key) != now[key]]
     if changed:
-        raise ValueError(f"{path} was made with {', '.join(changed)}: delete it and those beside "
-                         "it, or say the same")  # fmt: skip
+        raise ValueError(f"{path} was made with {', '.join(changed)}, and all runs of a study have "
+                         "to be alike: move its folder away to begin anew")  # fmt: skip
     return True
 
 
@@ -387,8 +401,7 @@ def summary(config: Config) -> dict:
     """The means over the seeds of some scores of each variant."""
     kept = {}
     for name in STUDIES[config.study]:
-        runs = [json.loads(result_path(config, name, seed).read_text("utf-8"))
-                for seed in range(config.seeds)]  # fmt: skip
+        runs = [read_run(result_path(config, name, seed)) for seed in range(config.seeds)]
         kept[name] = {"vqa": round(statistics.mean(run["vqa"]["mean"] for run in runs), 4),
                       "refer": round(statistics.mean(run["refer_iou50"] for run in runs), 4)}
     return kept

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import POOLS, STAGES, caption_text, encode_sample, load_image, user_turn
 from experiments.bench_scores import Scores, score_box, score_choice, score_label
 from experiments.bench_scores import score_okvqa, score_vizwiz, score_yes_no
-from experiments.command_line import key_values, unusual
+from experiments.command_line import key_values, other_weights, unusual
 from generate import answer, encode_images
 from model import TinyGPTV, autocast
 from official.checkpoints import tensors_fingerprint
@@ -350,9 +350,8 @@ def run(arguments: list[str], folder: Path) -> tuple[str, dict]:
     if model.stage < 4:
         raise ValueError(f"{config.weights}: stage {model.stage} was not taught to answer "
                          "questions; the benchmarks are for stage 4")  # fmt: skip
-    parts = [config.bench, config.split, config.official and "official", *unusual(config, ("n",))]
-    if (weights := Path(config.weights).resolve()) != Path(WEIGHTS):
-        parts.append(f"weights-{weights.name}")
+    parts = [config.bench, config.split, config.official and "official", *unusual(config, ("n",)),
+             *other_weights(config.weights, WEIGHTS)]  # fmt: skip
     name = "_".join(filter(None, parts))
     folder.mkdir(exist_ok=True)
     answers = answer_all(model, items, Path(config.out or folder / f"{name}.jsonl"), config)

@@ -78,6 +78,12 @@ def unusual(config: object, names: Iterable[str]) -> list[str]:
             if getattr(config, name) != getattr(type(config), name)]  # fmt: skip
 
 
+def other_weights(weights: str, usual: str) -> list[str]:
+    """The same for a folder of weights, by its name alone: [] for the usual one."""
+    folder = Path(weights).resolve()
+    return [] if folder == Path(usual).resolve() else [f"weights-{folder.name}"]
+
+
 def keep(result: dict, path: Path) -> None:
     """Prints a result as a line of JSON, the last one of a script, and writes it to a file. Raises
     OSError if that can't be written; what was measured is printed all the same."""

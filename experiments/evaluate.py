@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
-from experiments.command_line import exit_code, keep, key_values, unusual
+from experiments.command_line import exit_code, keep, key_values, other_weights, unusual
 from experiments.scores import Count, metrics, score
 from generate import Sampling, encode_images, start_answers
 from miniature import world
@@ -236,8 +236,7 @@ def result_name(config: Config, stage: int) -> str:
     if config.bench == "jsonl":
         parts = [Path(config.data).resolve().parent.name, Path(config.data).stem]
     parts += [f"stage{stage}"] + ["blind"] * config.blind + unusual(config, ("n", "seed"))
-    if (weights := Path(config.weights).resolve()) != Path(Config.weights).resolve():
-        parts.append(f"weights-{weights.name}")
+    parts += other_weights(config.weights, Config.weights)
     return "_".join(parts) + ".json"
 
 
