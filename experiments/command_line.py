@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from data import printable
 
 
@@ -70,6 +72,17 @@ def key_values(arguments: list[str], config_class: type) -> dict:
             kind = "1 or 0" if types[key] is bool else f"of type {types[key].__name__}"
             raise ValueError(f"{argument}: {value!r} is not {kind}") from None
     return given
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device= that torch can't compute on here."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no GPU here; leave it out to use the CPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):  # the last two: torch was built without it
+        told = f"device={device}: torch can't compute on that here; say cpu, cuda or mps"
+        raise ValueError(told) from None
 
 
 def unusual(config: object, names: Iterable[str]) -> list[str]:

@@ -38,7 +38,14 @@ sys.path.insert(0, str(ROOT))
 
 from data import format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
-from experiments.command_line import exit_code, keep, key_values, other_weights, unusual
+from experiments.command_line import (
+    check_device,
+    exit_code,
+    keep,
+    key_values,
+    other_weights,
+    unusual,
+)
 from experiments.scores import Count, metrics, score
 from generate import Sampling, encode_images, start_answers
 from miniature import world
@@ -62,6 +69,7 @@ class Config:
     weights: str = str(ROOT / "miniature" / "weights")
     stage: int = 0  # 0 is the last one there
     batch_size: int = 64
+    device: str = "cpu"
 
 
 ONLY_FOR = {"world": ("n", "seed", "split"), "jsonl": ("data",)}
@@ -117,9 +125,9 @@ def ask(
 ) -> list[tuple[str, bool]]:
     """Greedy answers to prompts about one encoded picture each, and whether each was cut.
     image_embeds (num_prompts, num_queries, hidden_size)."""
-    number = [1] * len(prompts)
+    num_images = [1] * len(prompts)
     answers, stream = start_answers(
-        model, image_embeds, number, prompts, Sampling(), max_new_tokens
+        model, image_embeds, num_images, prompts, Sampling(), max_new_tokens
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of cut answers, which are counted
@@ -178,7 +186,7 @@ def evaluate(config: Config) -> dict:
     """What `main` prints. Raises ValueError or OSError for what the user can have got wrong."""
     began = time.time()
     records = read_records(config.data) if config.bench == "jsonl" else []
-    model = TinyGPTV.from_pretrained(config.weights, config.stage or None)
+    model = TinyGPTV.from_pretrained(config.weights, config.stage or None, config.device)
     if model.load_report:
         print(model.load_report, file=sys.stderr)
     about: dict = {"bench": config.bench, "stage": model.stage, "blind": int(config.blind)}
@@ -228,6 +236,7 @@ def check(config: Config, given: dict) -> None:
             raise ValueError(f"only bench={bench} takes {', '.join(key + '=' for key in keys)}")
     if config.bench == "jsonl" and not config.data:
         raise ValueError("bench=jsonl needs data=FILE, a record file")
+    check_device(config.device)
 
 
 def result_name(config: Config, stage: int) -> str:
