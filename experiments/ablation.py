@@ -92,6 +92,8 @@ NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 
 @dataclass
 class Config:
+    """Which runs, and how long each is."""
+
     study: str = "norms"
     seeds: int = 3  # runs of each variant
     steps: str = "300,100,100,300"  # of stages 1 to 4
@@ -106,6 +108,8 @@ class Config:
 # ---- variants ----
 @dataclass(frozen=True)
 class Variant:
+    """What is different in a model, and in what it learns from. The default is the full model."""
+
     edit: Callable[[TinyGPTV], None] = lambda model: None  # applied once
     since: int = 1  # the stage that begins with it
     ratios: dict[str, int] = field(default_factory=lambda: RATIOS[4])  # of stage 4
@@ -123,6 +127,7 @@ class ConstantNorm(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., T, C) -> the same shape."""
         y = (x.float() - self.mean) * self.scale * self.weight
         return y if self.bias is None else y + self.bias
 
@@ -176,7 +181,7 @@ class EachObjects(nn.Module):
         self.kept = kept
 
     def forward(self, queries: Tensor) -> Tensor:
-        # (B, 32, C) -> (B, 4, 8, C) -> (B, 4 * kept, C)
+        """(B, 32, C) -> (B, 4, 8, C) -> (B, 4 * kept, C)."""
         return queries.unflatten(1, (-1, 8))[:, :, : self.kept].flatten(1, 2)
 
 

@@ -41,10 +41,12 @@ def read_runs(study: str) -> Runs:
 
 
 def loss_of(run: dict, stage: str) -> float | None:
+    """The final loss of a stage; None if it is not finite."""
     return run["stages"][stage]["loss"]
 
 
 def metric_of(run: dict, name: str) -> float | None:
+    """The score in one of METRICS; of VQA the mean over the kinds of question."""
     value = run[METRICS[name]]
     return value["mean"] if isinstance(value, dict) else value
 
@@ -63,6 +65,7 @@ def of_all(summary: Callable, values: list[float | None], form: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells as a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -48,6 +48,8 @@ MAX_NEW_TOKENS = 20
 
 @dataclass
 class Config:
+    """What evaluate.py is told for one of the paper's benchmarks."""
+
     bench: str = ""
     data: str = ""  # the folder with the official files
     split: str = ""  # of the bench; all that it has by default
@@ -60,6 +62,8 @@ class Config:
 
 
 class Item(NamedTuple):
+    """One question about one picture."""
+
     split: str
     image: Path
     text: str  # the question, statement or phrase, to be put into the bench's wording
@@ -67,7 +71,8 @@ class Item(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "/".join(self.image.parts[-2:])  # all of IconQA's are image.png
+        """Of the picture, with its folder: all of IconQA's are image.png."""
+        return "/".join(self.image.parts[-2:])
 
 
 # ---- official files ----
@@ -151,10 +156,12 @@ def refcoco(data: Path, split: str, name: str = "refcoco", split_by: str = "unc"
 
 
 def refcoco_plus(data: Path, split: str) -> Entries:
+    """RefCOCO+, expressions without words of place, in the files of RefCOCO."""
     return refcoco(data, split, "refcoco+")
 
 
 def refcocog(data: Path, split: str) -> Entries:
+    """RefCOCOg, longer expressions, with the split of UMD."""
     return refcoco(data, split, "refcocog", "umd")
 
 
@@ -255,6 +262,8 @@ def choice_loss(
 
 # ---- the benches ----
 class Bench(NamedTuple):
+    """A benchmark: who reads its files, what is asked, who answers, who scores."""
+
     read: Callable[[Path, str], Entries]
     splits: tuple[str, ...]
     wording: str  # {} is the text
@@ -331,6 +340,7 @@ def answer_all(model: TinyGPTV, items: list[Item], path: Path, config: Config) -
 
 # ---- all of it ----
 def check(config: Config) -> None:
+    """Raises ValueError for an option that the bench lacks, or a value out of range."""
     splits = BENCHES[config.bench].splits
     if config.split not in ("", *splits):
         raise ValueError(f"split={config.split}: {config.bench} has {', '.join(splits)}")

@@ -18,6 +18,7 @@ class Parser(argparse.ArgumentParser):
     argparse would print all options and exit."""
 
     def error(self, message: str) -> None:
+        """Raises ValueError with argparse's message."""
         raise ValueError(message)
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:

@@ -60,6 +60,8 @@ TASKS = {"caption": 160, "vqa": 48, "refer": 48, "identify": 48, "detection": 16
 
 @dataclass
 class Config:
+    """What is asked, of which model."""
+
     bench: str = ""  # world or jsonl
     n: int = 500  # world: number of scenes
     seed: int = 1  # world: which scenes
@@ -161,6 +163,7 @@ def answered(
 
 
 def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> Iterator[Count]:
+    """The counts of all answers about some pictures, and of those that were cut."""
     for record, size, answer, cut in answered(model, pictures, config):
         yield f"cut {record['task']}", int(cut), 1
         yield from score(record, answer, size)
