@@ -266,7 +266,7 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
-    return exit_code(lambda: run(arguments), "say dtype=bf16 or a smaller batch_size")
+    return exit_code(lambda: run(arguments), "say a smaller batch_size")
 
 
 if __name__ == "__main__":
