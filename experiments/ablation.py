@@ -339,7 +339,7 @@ def read_run(path: Path) -> dict:
         run = json.loads(path.read_text("utf-8"))
         run["variant"], run["seed"], run["stages"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r:.80}): delete it to run that again") from None
+        raise ValueError(f"{path} is damaged ({error!r:.80}): delete it to run it anew") from error
     return run
 
 

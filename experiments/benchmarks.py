@@ -181,8 +181,8 @@ def first_with(name: str, *folders: Path) -> Path:
 
 
 def read_items(config: Config) -> list[Item]:
-    """Raises ValueError for files unlike the official ones, and for pictures that are missing or not
-    under `data`: now, and not after hours of answering."""
+    """Raises ValueError for files unlike the official ones, and for pictures that are missing or
+    not under `data`: now, and not after hours of answering."""
     bench, items = BENCHES[config.bench], []
     try:
         for split in [config.split] if config.split else bench.splits:

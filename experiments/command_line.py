@@ -40,8 +40,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def exit_code(work: Callable[[], int | None], advice: str = "") -> int:
     """Does the work of a script, and returns its exit code: what the work returns, or 0; 2 after a
-    line on stderr that says what was wrong; 130 after Ctrl-C. advice: what to do if memory is short.
-    Errors that are no user's mistake pass through."""
+    line on stderr that says what was wrong; 130 after Ctrl-C. advice: what to do if memory is
+    short. Errors that are no user's mistake pass through."""
     try:
         return work() or 0
     except KeyboardInterrupt:

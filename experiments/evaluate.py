@@ -17,7 +17,6 @@ Prompts are worded as generate.py words them, answers are greedy. Stages 1 to 3 
 to describe: they are scored on that alone, and their other metrics are null.
 """
 
-import json
 import random
 import sys
 import time
