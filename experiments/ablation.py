@@ -21,8 +21,8 @@ how much. Without LoRA, all else is trained as with it.
 How to read it. Only the full model's learning rates were tuned. The stages are shorter than the
 shipped ones and learn from a pool of scenes that are encoded once, so that "full" is not the
 shipped model. Seeds change the projection, LoRA, the order of scenes and their wording, in the same
-way for all variants: their differences are to be compared seed by seed. Six layers are too few to
-overflow as 32 do; what fp16 does to a step (fp16.py) is looked at before and after each stage.
+way for all variants: their differences are to be compared seed by seed. Six layers may be too few
+to overflow as 32 do; what fp16 does to a step (fp16.py) is looked at before and after each stage.
 """
 
 import json
@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import make_sample
 from experiments import evaluate
-from experiments.command_line import exit_code, key_values
+from experiments.command_line import exit_code, key_values, other_weights, unusual
 from experiments.encoded_scenes import (
     Pool,
     PoolDataset,
@@ -92,6 +92,8 @@ NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 
 @dataclass
 class Config:
+    """Which runs, and how long each is."""
+
     study: str = "norms"
     seeds: int = 3  # runs of each variant
     steps: str = "300,100,100,300"  # of stages 1 to 4
@@ -106,6 +108,8 @@ class Config:
 # ---- variants ----
 @dataclass(frozen=True)
 class Variant:
+    """What is different in a model, and in what it learns from. The default is the full model."""
+
     edit: Callable[[TinyGPTV], None] = lambda model: None  # applied once
     since: int = 1  # the stage that begins with it
     ratios: dict[str, int] = field(default_factory=lambda: RATIOS[4])  # of stage 4
@@ -123,6 +127,7 @@ class ConstantNorm(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., T, C) -> the same shape."""
         y = (x.float() - self.mean) * self.scale * self.weight
         return y if self.bias is None else y + self.bias
 
@@ -176,7 +181,7 @@ class EachObjects(nn.Module):
         self.kept = kept
 
     def forward(self, queries: Tensor) -> Tensor:
-        # (B, 32, C) -> (B, 4, 8, C) -> (B, 4 * kept, C)
+        """(B, 32, C) -> (B, 4, 8, C) -> (B, 4 * kept, C)."""
         return queries.unflatten(1, (-1, 8))[:, :, : self.kept].flatten(1, 2)
 
 
@@ -321,7 +326,21 @@ def world_metrics(model: TinyGPTV, n: int) -> dict:
 
 
 def result_path(config: Config, name: str, seed: int) -> Path:
-    return RESULTS / config.study / f"{name.lower().replace(' ', '-')}-{seed}.json"
+    """The file of a run, with every option in its name that is not as usual."""
+    parts = [f"{name.lower().replace(' ', '-')}-{seed}",
+             *unusual(config, ("steps", "batch_size", "n", "scenes")),
+             *other_weights(config.weights, Config.weights)]  # fmt: skip
+    return RESULTS / config.study / f"{'_'.join(parts)}.json"
+
+
+def read_run(path: Path) -> dict:
+    """A run's result. Raises ValueError for a file that is damaged."""
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        run["variant"], run["seed"], run["stages"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r:.80}): delete it to run it anew") from error
+    return run
 
 
 def described(config: Config, name: str, seed: int) -> dict:
@@ -337,11 +356,11 @@ def is_done(config: Config, name: str, seed: int) -> bool:
     path = result_path(config, name, seed)
     if not path.exists():
         return False
-    before, now = json.loads(path.read_text("utf-8")), described(config, name, seed)
+    before, now = read_run(path), described(config, name, seed)
     changed = [f"{key}={before.get(key)}" for key in now if before.get(key) != now[key]]
     if changed:
-        raise ValueError(f"{path} was made with {', '.join(changed)}: delete it and those beside "
-                         "it, or say the same")  # fmt: skip
+        raise ValueError(f"{path} was made with {', '.join(changed)}, and all runs of a study have "
+                         "to be alike: move its folder away to begin anew")  # fmt: skip
     return True
 
 
@@ -387,8 +406,7 @@ def summary(config: Config) -> dict:
     """The means over the seeds of some scores of each variant."""
     kept = {}
     for name in STUDIES[config.study]:
-        runs = [json.loads(result_path(config, name, seed).read_text("utf-8"))
-                for seed in range(config.seeds)]  # fmt: skip
+        runs = [read_run(result_path(config, name, seed)) for seed in range(config.seeds)]
         kept[name] = {"vqa": round(statistics.mean(run["vqa"]["mean"] for run in runs), 4),
                       "refer": round(statistics.mean(run["refer_iou50"] for run in runs), 4)}
     return kept

@@ -1,13 +1,13 @@
 """What the runs of ablation.py have found: tables for README.md, and assets/ablation.png."""
 
-import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.ablation import RESULTS, STUDIES, Config, described
+from experiments.ablation import FP16_BATCHES, RESULTS, STUDIES, Config, described, read_run
 from experiments.run_log import COLORS
 
 # Final losses of the stages with Phi-2 (paper, table 4); "vanish": its word for the gradient's end.
@@ -27,10 +27,11 @@ Runs = dict[str, list[dict]]  # of each variant
 
 def read_runs(study: str) -> Runs:
     """The results of a study with the shipped weights and the usual budget, variants as STUDIES has
-    them, in the order of their seeds: of those seeds that all of them have been run with."""
+    them, in the order of their seeds: of those seeds that all of them have been run with. Raises
+    ValueError for a damaged file."""
     runs: dict[str, dict[int, dict]] = {name: {} for name in STUDIES[study]}
     for path in (RESULTS / study).glob("*.json"):
-        run = json.loads(path.read_text("utf-8"))
+        run = read_run(path)
         name, seed = run["variant"], run["seed"]
         usual = described(Config(study=study), name, seed) | {"precision": run["precision"]}
         if name in runs and usual.items() <= run.items():
@@ -40,10 +41,12 @@ def read_runs(study: str) -> Runs:
 
 
 def loss_of(run: dict, stage: str) -> float | None:
+    """The final loss of a stage; None if it is not finite."""
     return run["stages"][stage]["loss"]
 
 
 def metric_of(run: dict, name: str) -> float | None:
+    """The score in one of METRICS; of VQA the mean over the kinds of question."""
     value = run[METRICS[name]]
     return value["mean"] if isinstance(value, dict) else value
 
@@ -56,7 +59,13 @@ def spread(values: list[float | None], sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
+def of_all(summary: Callable, values: list[float | None], form: str) -> str:
+    """A summary of the values in this form, under the same rule."""
+    return "not finite" if None in values else f"{summary(values):{form}}"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells as a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -65,15 +74,14 @@ def losses_table(runs: Runs) -> str:
     """How each variant trained: what its edit alone costs, losses, the paper's, gradients."""
     rows = []
     for name, found in runs.items():
-        norms = [statistics.median(run["stages"][stage]["grad_norm_median"] or 0 for run in found)
-                 for stage in STAGES]  # fmt: skip
-        largest = max(run["stages"][stage]["grad_norm_max"] or 0 for run in found
-                      for stage in STAGES)  # fmt: skip
+        norms = [[run["stages"][stage]["grad_norm_median"] for run in found] for stage in STAGES]
+        largest = [run["stages"][stage]["grad_norm_max"] for run in found for stage in STAGES]
         bad = sum(run["stages"][stage]["bad_steps"] for run in found for stage in STAGES)
         rows.append([
             name, spread([found[0]["untrained"]]),
             *(spread([loss_of(run, stage) for run in found]) for stage in STAGES), PAPER[name],
-            ", ".join(f"{norm:.2f}" for norm in norms), f"{largest:.0f}", str(bad),
+            ", ".join(of_all(statistics.median, some, ".2f") for some in norms),
+            of_all(max, largest, ".0f"), str(bad),
         ])  # fmt: skip
     head = ["", "untrained", *(f"loss, stage {stage}" for stage in STAGES),
             "the paper's, with Phi-2", "gradient's norm, stages 1 to 4", "its largest",
@@ -82,7 +90,9 @@ def losses_table(runs: Runs) -> str:
 
 
 def fp16_table(runs: Runs) -> str:
-    """What fp16 does to a step of each variant, before a stage and after it, over all stages."""
+    """What fp16 does to each variant, before a stage and after it, over all stages. What is tried
+    are not the steps of the training, but some batches forward and backward (fp16.py)."""
+    tried = f"batches not finite (of {FP16_BATCHES * len(STAGES)} a run)"
     rows = []
     for name, found in runs.items():
         cells = [name]
@@ -95,7 +105,7 @@ def fp16_table(runs: Runs) -> str:
             for key in ("activation", "score"):
                 cells += [f"{max(one[key] or math.inf for one in seen):,.0f}"]
         rows.append(cells)
-    columns = ["not finite", "gradient rounded to 0", "... with a loss scale",
+    columns = [tried, "gradient rounded to 0", "... with a loss scale",
                "largest activation", "largest q·k"]  # fmt: skip
     head = ["fp16", *(f"{column}, {moment}" for moment in ("before", "after")
                       for column in columns)]  # fmt: skip
@@ -103,14 +113,18 @@ def fp16_table(runs: Runs) -> str:
 
 
 def metrics_table(runs: Runs, full: list[dict]) -> str:
-    """Scores, and in brackets what they are more than the full model's of the same seeds."""
+    """Scores, and in brackets what they are more than the full model's: the mean over the seeds
+    that both have been run with."""
+    of_seed = {run["seed"]: run for run in full}
     rows = []
     for name, found in runs.items():
         cells = [f"{name} ({len(found)})"]
         for metric in METRICS:
             scores = [metric_of(run, metric) for run in found]
-            more = [score - metric_of(other, metric) for score, other in zip(scores, full)]
-            cells += [spread(scores) + (f" ({spread(more, '+')})" if found is not full else "")]
+            more = [score - metric_of(of_seed[run["seed"]], metric)
+                    for score, run in zip(scores, found) if run["seed"] in of_seed]  # fmt: skip
+            compared = more and found is not full
+            cells += [spread(scores) + (f" ({spread(more, '+')})" if compared else "")]
         rows.append(cells)
     return table(["after stage 4 (runs)", *METRICS], rows)
 

@@ -23,7 +23,9 @@ QUESTIONS_A_SCENE = 10  # at least
 
 @dataclass
 class Config:
-    n: int = 1000
+    """How many questions, and about which scenes."""
+
+    n: int = 1000  # questions, at least
     seed: int = 2
 
 
@@ -45,6 +47,7 @@ def compare(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
     return report(arguments, Config, compare, RESULT)
 
 

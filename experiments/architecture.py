@@ -60,6 +60,7 @@ def shapes(preset: str) -> dict[str, tuple[int, ...]]:
 
 
 def shape_table() -> str:
+    """The shapes of both presets side by side, with the module that each is the output of."""
     full, mini = shapes("full"), shapes("mini")
     code = {"pixels": "data.preprocess", "prompt with the picture in it": "phi.embed"} | OUTPUTS
     lines = ["| | in the code | full | mini |", "|---|---|---|---|"]
@@ -90,6 +91,7 @@ class Drawing:
         self.draw = ImageDraw.Draw(self.image)
 
     def text(self, x: float, y: float, words: str, size: int = 15, anchor: str = "mm") -> None:
+        """Lines of words at the point (x, y); anchor: as in Pillow, for each line."""
         font = ImageFont.load_default(2 * size)
         lines = words.split("\n")
         for n, line in enumerate(lines):
@@ -104,6 +106,7 @@ class Drawing:
         self.text(x, y, words, size)
 
     def plus(self, x: float, y: float) -> None:
+        """A circle with a plus sign: here two ways are added."""
         circle = [2 * side for side in (x - 11, y - 11, x + 11, y + 11)]
         self.draw.ellipse(circle, "white", LINE, 3)
         self.text(x, y - 1, SUM, 18)
@@ -161,6 +164,7 @@ def draw_pipeline(drawing: Drawing, full: dict, mini: dict) -> None:
 
 
 def draw_vision_block(drawing: Drawing) -> None:
+    """A pre-norm block, two residuals."""
     drawing.column(110, "ViT block, 39 (mini: 5)", [
         ("LayerNorm", FROZEN), ("self-attention,\nk without bias", FROZEN), (SUM, ""),
         ("LayerNorm", FROZEN), ("MLP, erf GELU", FROZEN), (SUM, ""),
@@ -170,6 +174,7 @@ def draw_vision_block(drawing: Drawing) -> None:
 
 
 def draw_qformer_layer(drawing: Drawing) -> None:
+    """A post-norm layer: queries look at each other, at the picture, and are worked on."""
     drawing.column(450, "Q-Former layer, 12 (mini: 4)", [
         ("self-attention\nof the queries", FROZEN), ("add, LayerNorm", FROZEN),
         ("cross-attention", FROZEN), ("add, LayerNorm", FROZEN),
@@ -182,6 +187,7 @@ def draw_qformer_layer(drawing: Drawing) -> None:
 
 
 def draw_phi_block(drawing: Drawing) -> None:
+    """A parallel block: attention with its norms and LoRA, the MLP beside it, one sum."""
     x, mlp, top = 800, 1020, level(6)
     drawing.column(x, "Phi block, 32 (mini: 6)", [
         ("LayerNorm", TRAINED), ("q | k | v   + LoRA", TRAINED), ("LayerNorm of q and k", TRAINED),
@@ -197,12 +203,14 @@ def draw_phi_block(drawing: Drawing) -> None:
 
 
 def draw_legend(drawing: Drawing) -> None:
+    """What the two colors mean."""
     for n, (words, color) in enumerate([("learns in the stages", TRAINED), ("frozen", FROZEN)]):
         drawing.box(1000, 672 + 32 * n, "", color, 30, 22)
         drawing.text(1025, 672 + 32 * n, words, 14, "lm")
 
 
 def draw_architecture(full: dict, mini: dict) -> Image.Image:
+    """The whole drawing, labelled with the shapes of both presets (of `shapes`)."""
     drawing = Drawing()
     draw_pipeline(drawing, full, mini)
     draw_vision_block(drawing)
@@ -213,6 +221,7 @@ def draw_architecture(full: dict, mini: dict) -> Image.Image:
 
 
 def main() -> int:
+    """Draws and prints. Exit code: 0."""
     draw_architecture(shapes("full"), shapes("mini")).save(ROOT / "assets" / "architecture.png")
     print(shape_table())
     return 0

@@ -36,6 +36,8 @@ SLOT = 8  # queries an object: size, color, fill, shape, and the four sides of i
 
 @dataclass
 class Config:
+    """How many scenes, and which."""
+
     n: int = 100  # test scenes
     seed: int = 3  # which ones
 
@@ -137,6 +139,7 @@ def measure(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
     return report(arguments, Config, measure, RESULT)
 
 

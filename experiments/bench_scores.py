@@ -7,8 +7,9 @@ that contains the right one, and a strict one, for which the whole answer is rig
     score_label, ...                an answer and what is true -> official score, strict score
     vqa_accuracy                    the accuracy of VQA, which OKVQA is scored by
 
-Source of the official rules: eval_scripts/eval_vqa.py and eval_scripts/eval_ref.py of TinyGPT-V;
-VQA: vqaEval.py of the VQA challenge, in the copy that MiniGPT-4 brings.
+Source of the official rules: eval_vqa.py and eval_scripts/eval_ref.py of TinyGPT-V; of IconQA
+eval_scripts/eval_vqa.py, as the other splits the choices wrongly. VQA: vqaEval.py of the VQA
+challenge, in the copy that MiniGPT-4 brings.
 """
 
 import re
@@ -35,7 +36,8 @@ def share_of_annotators(said: str, truths: list[str]) -> float:
 
 
 def score_label(said: str, true: str) -> Scores:
-    """GQA, VSR. Officially all 20 tokens are searched, beyond "###", and labels keep their case."""
+    """GQA, VSR. Officially all 20 tokens are searched, beyond "###", and labels keep their case.
+    VSR's "yes" is not "true": eval_scripts/eval_vqa.py, which counts it, is not followed."""
     return float(true in said.lower()), float(is_same(said, true))
 
 

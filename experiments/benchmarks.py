@@ -12,9 +12,9 @@ Read it from the leaves to the root:
     BENCHES                   all of this in a table, with the rules of bench_scores.py
     answer_all, run           answers go to a file, scores to a JSON
 
-Source of files, wordings and decoding: eval_scripts/eval_vqa.py, eval_scripts/eval_ref.py,
-eval_configs/benchmark_evaluation.yaml and minigpt4/datasets/datasets/{vqa_datasets,coco_caption}.py
-of the official TinyGPT-V.
+Source of files, wordings and decoding: eval_vqa.py (of IconQA eval_scripts/eval_vqa.py, as the
+other splits the choices wrongly), eval_scripts/eval_ref.py, eval_configs/benchmark_evaluation.yaml
+and minigpt4/datasets/datasets/{vqa_datasets,coco_caption}.py of the official TinyGPT-V.
 """
 
 import json
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import POOLS, STAGES, caption_text, encode_sample, load_image, user_turn
 from experiments.bench_scores import Scores, score_box, score_choice, score_label
 from experiments.bench_scores import score_okvqa, score_vizwiz, score_yes_no
-from experiments.command_line import key_values, unusual
+from experiments.command_line import check_device, key_values, other_weights, unusual
 from generate import answer, encode_images
 from model import TinyGPTV, autocast
 from official.checkpoints import tensors_fingerprint
@@ -48,6 +48,8 @@ MAX_NEW_TOKENS = 20
 
 @dataclass
 class Config:
+    """What evaluate.py is told for one of the paper's benchmarks."""
+
     bench: str = ""
     data: str = ""  # the folder with the official files
     split: str = ""  # of the bench; all that it has by default
@@ -60,6 +62,8 @@ class Config:
 
 
 class Item(NamedTuple):
+    """One question about one picture."""
+
     split: str
     image: Path
     text: str  # the question, statement or phrase, to be put into the bench's wording
@@ -67,7 +71,8 @@ class Item(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "/".join(self.image.parts[-2:])  # all of IconQA's are image.png
+        """Of the picture, with its folder: all of IconQA's are image.png."""
+        return "/".join(self.image.parts[-2:])
 
 
 # ---- official files ----
@@ -151,10 +156,12 @@ def refcoco(data: Path, split: str, name: str = "refcoco", split_by: str = "unc"
 
 
 def refcoco_plus(data: Path, split: str) -> Entries:
+    """RefCOCO+, expressions without words of place, in the files of RefCOCO."""
     return refcoco(data, split, "refcoco+")
 
 
 def refcocog(data: Path, split: str) -> Entries:
+    """RefCOCOg, longer expressions, with the split of UMD."""
     return refcoco(data, split, "refcocog", "umd")
 
 
@@ -174,8 +181,8 @@ def first_with(name: str, *folders: Path) -> Path:
 
 
 def read_items(config: Config) -> list[Item]:
-    """Raises ValueError for files unlike the official ones, and for pictures that are missing: now,
-    and not after hours of answering."""
+    """Raises ValueError for files unlike the official ones, and for pictures that are missing or
+    not under `data`: now, and not after hours of answering."""
     bench, items = BENCHES[config.bench], []
     try:
         for split in [config.split] if config.split else bench.splits:
@@ -190,6 +197,10 @@ def read_items(config: Config) -> list[Item]:
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         told = f"{config.bench}: the files are not like the official ones ({error!r:.200})"
         raise ValueError(told) from error
+    root = os.path.abspath(config.data)  # not resolved: pictures may be links to another disk
+    for item in items:
+        if not Path(os.path.abspath(item.image)).is_relative_to(root):
+            raise ValueError(f"{config.bench}: the picture {item.image} is not under {config.data}")
     missing = sorted({str(item.image) for item in items if not item.image.is_file()})
     if missing:
         first = ", ".join(missing[:5])
@@ -251,6 +262,8 @@ def choice_loss(
 
 # ---- the benches ----
 class Bench(NamedTuple):
+    """A benchmark: who reads its files, what is asked, who answers, who scores."""
+
     read: Callable[[Path, str], Entries]
     splits: tuple[str, ...]
     wording: str  # {} is the text
@@ -327,6 +340,7 @@ def answer_all(model: TinyGPTV, items: list[Item], path: Path, config: Config) -
 
 # ---- all of it ----
 def check(config: Config) -> None:
+    """Raises ValueError for an option that the bench lacks, or a value out of range."""
     splits = BENCHES[config.bench].splits
     if config.split not in ("", *splits):
         raise ValueError(f"split={config.split}: {config.bench} has {', '.join(splits)}")
@@ -334,8 +348,7 @@ def check(config: Config) -> None:
         raise ValueError(f"bench={config.bench} needs data=DIR, the folder with its official files")
     if config.n < 0 or config.batch_size < 1:
         raise ValueError("n is 0, for all, or more, and batch_size 1 or more")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here; leave it out to use the CPU")
+    check_device(config.device)
 
 
 def run(arguments: list[str], folder: Path) -> tuple[str, dict]:
@@ -350,9 +363,8 @@ def run(arguments: list[str], folder: Path) -> tuple[str, dict]:
     if model.stage < 4:
         raise ValueError(f"{config.weights}: stage {model.stage} was not taught to answer "
                          "questions; the benchmarks are for stage 4")  # fmt: skip
-    parts = [config.bench, config.split, config.official and "official", *unusual(config, ("n",))]
-    if (weights := Path(config.weights).resolve()) != Path(WEIGHTS):
-        parts.append(f"weights-{weights.name}")
+    parts = [config.bench, config.split, config.official and "official", *unusual(config, ("n",)),
+             *other_weights(config.weights, WEIGHTS)]  # fmt: skip
     name = "_".join(filter(None, parts))
     folder.mkdir(exist_ok=True)
     answers = answer_all(model, items, Path(config.out or folder / f"{name}.jsonl"), config)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from data import printable
 
 
@@ -16,6 +18,7 @@ class Parser(argparse.ArgumentParser):
     argparse would print all options and exit."""
 
     def error(self, message: str) -> None:
+        """Raises ValueError with argparse's message."""
         raise ValueError(message)
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
@@ -37,8 +40,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def exit_code(work: Callable[[], int | None], advice: str = "") -> int:
     """Does the work of a script, and returns its exit code: what the work returns, or 0; 2 after a
-    line on stderr that says what was wrong; 130 after Ctrl-C. advice: what to do if memory is short.
-    Errors that are no user's mistake pass through."""
+    line on stderr that says what was wrong; 130 after Ctrl-C. advice: what to do if memory is
+    short. Errors that are no user's mistake pass through."""
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -72,10 +75,27 @@ def key_values(arguments: list[str], config_class: type) -> dict:
     return given
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError for a device= that torch can't compute on here."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no GPU here; leave it out to use the CPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):  # the last two: torch was built without it
+        told = f"device={device}: torch can't compute on that here; say cpu, cuda or mps"
+        raise ValueError(told) from None
+
+
 def unusual(config: object, names: Iterable[str]) -> list[str]:
     """Of these options those that do not have their defaults, as parts of a file's name."""
     return [f"{name}-{getattr(config, name)}" for name in names
             if getattr(config, name) != getattr(type(config), name)]  # fmt: skip
+
+
+def other_weights(weights: str, usual: str) -> list[str]:
+    """The same for a folder of weights, by its name alone: [] for the usual one."""
+    folder = Path(weights).resolve()
+    return [] if folder == Path(usual).resolve() else [f"weights-{folder.name}"]
 
 
 def keep(result: dict, path: Path) -> None:

@@ -17,7 +17,6 @@ Prompts are worded as generate.py words them, answers are greedy. Stages 1 to 3 
 to describe: they are scored on that alone, and their other metrics are null.
 """
 
-import json
 import random
 import sys
 import time
@@ -38,7 +37,14 @@ sys.path.insert(0, str(ROOT))
 
 from data import format_box, inference_prompt, load_image, read_records
 from experiments import benchmarks
-from experiments.command_line import exit_code, keep, key_values, unusual
+from experiments.command_line import (
+    check_device,
+    exit_code,
+    keep,
+    key_values,
+    other_weights,
+    unusual,
+)
 from experiments.scores import Count, metrics, score
 from generate import Sampling, encode_images, start_answers
 from miniature import world
@@ -53,6 +59,8 @@ TASKS = {"caption": 160, "vqa": 48, "refer": 48, "identify": 48, "detection": 16
 
 @dataclass
 class Config:
+    """What is asked, of which model."""
+
     bench: str = ""  # world or jsonl
     n: int = 500  # world: number of scenes
     seed: int = 1  # world: which scenes
@@ -62,6 +70,7 @@ class Config:
     weights: str = str(ROOT / "miniature" / "weights")
     stage: int = 0  # 0 is the last one there
     batch_size: int = 64
+    device: str = "cpu"
 
 
 ONLY_FOR = {"world": ("n", "seed", "split"), "jsonl": ("data",)}
@@ -117,9 +126,9 @@ def ask(
 ) -> list[tuple[str, bool]]:
     """Greedy answers to prompts about one encoded picture each, and whether each was cut.
     image_embeds (num_prompts, num_queries, hidden_size)."""
-    number = [1] * len(prompts)
+    num_images = [1] * len(prompts)
     answers, stream = start_answers(
-        model, image_embeds, number, prompts, Sampling(), max_new_tokens
+        model, image_embeds, num_images, prompts, Sampling(), max_new_tokens
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of cut answers, which are counted
@@ -153,6 +162,7 @@ def answered(
 
 
 def score_pictures(model: TinyGPTV, pictures: list[Picture], config: Config) -> Iterator[Count]:
+    """The counts of all answers about some pictures, and of those that were cut."""
     for record, size, answer, cut in answered(model, pictures, config):
         yield f"cut {record['task']}", int(cut), 1
         yield from score(record, answer, size)
@@ -178,7 +188,7 @@ def evaluate(config: Config) -> dict:
     """What `main` prints. Raises ValueError or OSError for what the user can have got wrong."""
     began = time.time()
     records = read_records(config.data) if config.bench == "jsonl" else []
-    model = TinyGPTV.from_pretrained(config.weights, config.stage or None)
+    model = TinyGPTV.from_pretrained(config.weights, config.stage or None, config.device)
     if model.load_report:
         print(model.load_report, file=sys.stderr)
     about: dict = {"bench": config.bench, "stage": model.stage, "blind": int(config.blind)}
@@ -228,6 +238,7 @@ def check(config: Config, given: dict) -> None:
             raise ValueError(f"only bench={bench} takes {', '.join(key + '=' for key in keys)}")
     if config.bench == "jsonl" and not config.data:
         raise ValueError("bench=jsonl needs data=FILE, a record file")
+    check_device(config.device)
 
 
 def result_name(config: Config, stage: int) -> str:
@@ -236,8 +247,7 @@ def result_name(config: Config, stage: int) -> str:
     if config.bench == "jsonl":
         parts = [Path(config.data).resolve().parent.name, Path(config.data).stem]
     parts += [f"stage{stage}"] + ["blind"] * config.blind + unusual(config, ("n", "seed"))
-    if (weights := Path(config.weights).resolve()) != Path(Config.weights).resolve():
-        parts.append(f"weights-{weights.name}")
+    parts += other_weights(config.weights, Config.weights)
     return "_".join(parts) + ".json"
 
 
@@ -255,7 +265,7 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
-    return exit_code(lambda: run(arguments), "say dtype=bf16 or a smaller batch_size")
+    return exit_code(lambda: run(arguments), "say a smaller batch_size")
 
 
 if __name__ == "__main__":

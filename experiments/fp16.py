@@ -31,6 +31,7 @@ class Pass:
 
     @property
     def is_finite(self) -> bool:
+        """Whether the loss and all of the gradient are."""
         return math.isfinite(self.loss) and bool(self.gradient.isfinite().all())
 
 

@@ -39,6 +39,7 @@ def tensor_shapes(config: PhiConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def metadata(config: PhiConfig) -> dict[str, int | float | str]:
+    """What llama.cpp has to know of the model beside its tensors."""
     return {
         "general.architecture": "phi2", "general.alignment": ALIGNMENT,
         "phi2.context_length": config.max_position_embeddings,
@@ -55,10 +56,12 @@ def metadata(config: PhiConfig) -> dict[str, int | float | str]:
 
 
 def text(value: str) -> bytes:
+    """A string in GGUF: its length, its bytes."""
     return struct.pack("<Q", len(value)) + value.encode()
 
 
 def field(value: int | float | str) -> bytes:
+    """A value of the metadata in GGUF: its type, itself."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + text(value)
     kind, code = (UINT32, "I") if isinstance(value, int) else (FLOAT32, "f")
@@ -66,6 +69,7 @@ def field(value: int | float | str) -> bytes:
 
 
 def random_tensor(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A vector of ones in fp32, or a matrix as random blocks of Q8_0."""
     if len(shape) == 1:
         return np.ones(shape, "<f4")
     blocks = np.empty(shape[0] * shape[1] // 32, BLOCK)
@@ -101,6 +105,7 @@ class LlamaCpp:
 
     @staticmethod
     def is_installed() -> bool:
+        """Whether llama-cpp-python is there."""
         return importlib.util.find_spec("llama_cpp") is not None
 
     def __init__(self, path: Path, threads: int):

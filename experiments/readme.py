@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from experiments.ablation_report import ablation_section, draw_ablation
 from experiments.architecture import draw_architecture, shape_table, shapes
 from experiments.run_log import COLORS, draw_losses
+from experiments.speed import CAPTION_TOKENS
 from model import ModelConfig, TinyGPTV
 from train import set_trainable
 
@@ -32,10 +34,12 @@ LEARNS = {
 
 
 def result(name: str) -> dict:
+    """What an experiment has kept in experiments/results/ under this name."""
     return json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text("utf-8"))
 
 
 def cell(value: float | None) -> str:
+    """A score in a table; empty for what was not asked."""
     return "" if value is None else f"{value:.3f}"
 
 
@@ -59,6 +63,7 @@ def stage_table() -> str:
 
 
 def metric_cells(scores: dict) -> list[str]:
+    """The six scores of a result of evaluate.py."""
     vqa = scores["vqa"]
     values = [scores["caption_f1"], vqa and vqa["mean"]]
     names = ("refer_iou50", "identify", "detection_f1", "grounding_f1")
@@ -91,6 +96,18 @@ def score_table() -> str:
     return "\n".join(lines)
 
 
+def weakest() -> str:
+    """What the miniature does worst: a kind of question, and a task."""
+    scores = result("world_test_stage4")
+    kinds = {kind: value for kind, value in scores["vqa"].items() if kind != "mean"}
+    tasks = {name.split("_")[0]: value for name, value in scores.items()
+             if name in ("caption_f1", "refer_iou50", "identify", "detection_f1", "grounding_f1")}
+    (kind, answered), (task, done) = (min(some.items(), key=itemgetter(1))
+                                      for some in (kinds, tasks))  # fmt: skip
+    return (f"Of the kinds of question the miniature is weakest at `{kind}` ({answered:.3f}), of "
+            f"the tasks at `{task}` ({done:.3f}).")  # fmt: skip
+
+
 def size_table() -> str:
     """The model of the official size: loading, memory and speed."""
     lines = [
@@ -113,19 +130,26 @@ def speed_table() -> str:
     speed = result("speed")
     columns = {"token": "a token", "share": "of the bandwidth", "prefill": "prompt of 64 tokens",
                "picture_224": "picture, 224 px", "picture_448": "448 px",
-               "caption": "picture to 20 words"}  # fmt: skip
+               "caption": "picture to 20 words",
+               "bandwidth": "bandwidth around the whole turn"}  # fmt: skip
+    forms = {"bandwidth": "{:.0f} GB/s", "share": "{:.0%}"}
     head = (f"{speed['cpu']}, {speed['threads']} threads; a token reads "
             f"{speed['gb_a_token']:.2f} GB of int8.")  # fmt: skip
     lines = [head, "", "| | " + " | ".join(columns.values()) + " |",
              "|---" * (len(columns) + 1) + "|"]  # fmt: skip
     for name, row in speed["variants"].items():
-        cells = ["" if key not in row else f"{row[key]:.0%}" if key == "share"
-                 else f"{row[key]:.3f} s" for key in columns]  # fmt: skip
+        cells = [forms.get(key, "{:.3f} s").format(row[key]) if key in row else ""
+                 for key in columns]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if "llama.cpp Q8_0" in speed["variants"]:
         token, prompt = (speed["ratios"][f"{key}, llama.cpp Q8_0"] for key in ("token", "prefill"))
         lines += ["", f"llama.cpp's token takes {token:.2f} times as long as that of int8, its "
                   f"prompt {prompt:.2f} times."]  # fmt: skip
+    lines += ["", "Activations in whole numbers change what Phi's first layer adds by "
+              f"{speed['activation_error']:.4%}."]  # fmt: skip
+    if starts := speed.get("first_token"):
+        lines[-1] += (" From the files to the first token about a picture of 224 px: "
+                      + ", ".join(f"{name} {s:.1f} s" for name, s in starts.items()) + ".")
     return "\n".join(lines)
 
 
@@ -160,6 +184,7 @@ def draw_speed(path: Path) -> None:
 
 
 def memory_table() -> str:
+    """Memory of an answer at the official size, and of quantize.py."""
     lines = ["| weights | loaded | after an answer about 448 px | peak |", "|---|---|---|---|"]
     rows = result("memory")
     made = rows.pop("quantize.py")
@@ -188,17 +213,23 @@ def efficiency_table() -> str:
         model = TinyGPTV(ModelConfig.preset("full", stage=4))
     everything, phi = (sum(p.numel() for p in part.parameters()) / 1e9
                        for part in (model, model.phi))  # fmt: skip
-    spoken = {name: row["caption"] / 20 for name, row in result("speed")["variants"].items()
+    speed = result("speed")
+    spoken = {name: row["caption"] / 20 for name, row in speed["variants"].items()
               if "caption" in row}  # fmt: skip
+    tokens = {name.split()[0]: f"{row['token']:.3f}" for name, row in speed["variants"].items()
+              if name in ("int8", "llama.cpp Q8_0")}  # fmt: skip
     memory, runs = result("memory"), result("training_memory")["runs"]
     training = {way: max(run["total_gb"] for run in runs if run["way"] == way)
                 for way in ("plain", "micro-batches", "int8")}  # fmt: skip
     rows = {
         "parameters": (f"{everything:.2f} billion, Phi with its norms and LoRA {phi:.2f}",
                        "2.8 billion: the language model"),
-        "seconds a word, 8 bits": (f"{spoken['int8']:.2f}, of a picture in 20 words, 2 CPU cores",
-                                   "0.067 (LLaVA 0.426, MiniGPT-4 0.300), a GPU"),
+        "seconds a word, 8 bits": (
+            f"{spoken['int8']:.2f} on {speed['threads']} CPU cores: a picture in 20 words, taken "
+            f"for {CAPTION_TOKENS} tokens",
+            "0.067 (LLaVA 0.426, MiniGPT-4 0.300) on a GPU: not comparable"),
         "seconds a word, 16 bits": (f"{spoken['bf16']:.2f}, likewise", ""),
+        "seconds a token, 8 bits": (", ".join(f"{name} {s}" for name, s in tokens.items()), ""),
         "memory, 8 bits": (f"{memory['int8']['peak']} GB",
                            "5.6 GB (LLaVA 22, MiniGPT-4 23.5)"),
         "memory, 16 bits": (f"{memory['bf16']['peak']} GB", "about 8 GB (its repository)"),
@@ -256,6 +287,7 @@ def put(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
+    """Writes README.md and the pictures anew. Raises ValueError if it lacks one of the marks."""
     path = ROOT / "README.md"
     text = path.read_text("utf-8")
     text = put(text, "describe", described())
@@ -265,6 +297,7 @@ def main() -> None:
     architecture.save(ROOT / "assets" / "architecture.png")
     text = put(with_line_counts(text), "shapes", shape_table())
     text = put(text, "stages", stage_table() + "\n\n" + score_table())
+    text = put(text, "weakest", weakest())
     text = put(text, "size", size_table())
     draw_speed(ROOT / "assets" / "speed.png")
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())

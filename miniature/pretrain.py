@@ -26,6 +26,7 @@ from miniature.bpe import pretrain_tokenizer
 from miniature.pretrain_language import pretrain_language
 from miniature.pretrain_projection import pretrain_projection
 from miniature.pretrain_vision import pretrain_vision
+from miniature.steps import locked
 from model import ModelConfig
 
 PARTS = {
@@ -37,7 +38,8 @@ PARTS = {
 
 
 def pretrain(arguments: list[str]) -> None:
-    """The parts that the arguments name. Raises ValueError for what is no part."""
+    """The parts that the arguments name. Raises ValueError for what is no part, and for a part that
+    another process is making."""
     out = Path(__file__).resolve().parent / "weights"
     chosen = arguments[0].removeprefix("part=") if arguments else "all"
     if len(arguments) > 1 or chosen not in ("all", *PARTS):
@@ -48,7 +50,8 @@ def pretrain(arguments: list[str]) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for name, make in PARTS.items():
         if chosen in ("all", name):
-            make(out)
+            with locked(out / f"{name}.lock"):
+                make(out)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,12 +1,16 @@
-"""What the two long runs of pre-training share: one step of AdamW, its learning rate, saving."""
+"""What the two long runs of pre-training share: AdamW, its learning rate, saving; and a lock."""
 
+import fcntl
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from official.checkpoints import replace_file
 from train import optimizer_groups
 
 
@@ -25,11 +29,31 @@ def adamw(modules: list[nn.Module], weight_decay: float = 0.05) -> torch.optim.A
 
 
 def save_half(module: nn.Module, path: Path) -> None:
-    """Writes the module in fp16, in half the bytes."""
-    save_file({name: tensor.half() for name, tensor in module.state_dict().items()}, path)
+    """Writes the module in fp16, in half the bytes: all of it, or the old file stays. Raises
+    OSError."""
+    tensors = {name: tensor.half() for name, tensor in module.state_dict().items()}
+    with replace_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within, no other process makes what this lock file stands for. Raises ValueError if one
+    does so already."""
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process at the latest
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process makes this part; wait for it") from None
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One step of AdamW at this learning rate, the gradient clipped to a norm of 1. Raises
+    RuntimeError if it is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)

@@ -253,14 +253,22 @@ def test_a_run_is_written_once(model, pool, tmp_path, monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     [path] = tmp_path.glob("results/norms/*.json")
     result = json.loads(path.read_text())
-    assert path.name == "no-rmsnorm-0.json" and set(result["stages"]) == {"1", "2", "3", "4"}
+    assert path.name == "no-rmsnorm-0_steps-2,1,1,1_batch_size-2_n-2_scenes-4.json"
+    assert set(result["stages"]) == {"1", "2", "3", "4"}
     assert result["stages"]["1"]["loss"] > 1 and result["stages"]["1"]["bad_steps"] == 0
     assert told["no RMSNorm"]["vqa"] == round(result["vqa"]["mean"], 4)
     assert result["untrained"] > 0 and len(result["stages"]["4"]["fp16"]) == 2
     written = path.stat().st_mtime_ns
     assert ablation.main(arguments) == 0 and path.stat().st_mtime_ns == written
-    assert ablation.main([*arguments, "n=3"]) == 2
-    assert "was made with n=2" in capsys.readouterr().err
+    path.write_text(json.dumps(result | {"weights": "others"}))
+    assert ablation.main(arguments) == 2
+    assert "was made with weights=others" in capsys.readouterr().err
+
+
+def test_a_try_has_a_file_of_its_own():
+    usual, tried = ablation.Config(workers=2, pool="/tmp"), ablation.Config(n=5, weights="/w/mine")
+    assert ablation.result_path(usual, "no RMSNorm", 1).name == "no-rmsnorm-1.json"
+    assert ablation.result_path(tried, "full", 1).name == "full-1_n-5_weights-mine.json"
 
 
 def test_an_edit_comes_once_with_its_stage(pool, tmp_path, monkeypatch):
@@ -295,8 +303,8 @@ def fake_result(
     """A run's file as ablation.py writes it, with losses 4, 3, 2 times `loss` before the last."""
     fp16 = {"not_finite": 0.25, "lost": loss and 0.001, "lost_scaled": 0.0, "activation": 30.0,
             "score": None if loss is None else 1234.0}  # fmt: skip
-    about = {"grad_norm_median": 0.5, "grad_norm_max": 2.0 + seed, "bad_steps": 1,
-             "fp16": [fp16, fp16 | {"not_finite": 0.0}]}  # fmt: skip
+    about = {"grad_norm_median": loss and 0.5, "grad_norm_max": loss and 2.0 + seed,
+             "bad_steps": 1, "fp16": [fp16, fp16 | {"not_finite": 0.0}]}  # fmt: skip
     stages = {str(5 - times): {"loss": loss and times * loss} | about for times in (4, 3, 2, 1)}
     scores = {key: 0.1 * seed + (0.5 if name == "full" else 0.25) for key in (
         "caption_f1", "refer_iou50", "identify", "detection_f1", "grounding_f1")}  # fmt: skip
@@ -331,13 +339,16 @@ def test_the_report_has_mean_and_spread(two_variants):
     for seed in (0, 1):
         fake_result(two_variants, "norms", "full", seed, 0.2 + 0.1 * seed)
         fake_result(two_variants, "norms", "no QK-norm", seed, None if seed else 0.5)
-    fake_result(two_variants, "projection", "MLP", 0, 0.3)
+    fake_result(two_variants, "projection", "MLP", 1, 0.3)
+    fake_result(two_variants, "projection", "MLP", 2, 0.3)  # a seed that full has not
     rows = rows_of_tables()
     losses = rows["full 10"]
     assert losses[:5] == ["0.200", "1.000 ± 0.283", "0.750 ± 0.212", "0.500 ± 0.141",
                           "0.250 ± 0.071"]  # fmt: skip
     assert losses[5:] == ["2.620, 2.343, 1.125, 1.330", "0.50, 0.50, 0.50, 0.50", "3", "8"]
     assert rows["no QK-norm 10"][1:6] == ["not finite"] * 4 + ["vanish"]
+    assert rows["no QK-norm 10"][6:8] == [", ".join(["not finite"] * 4), "not finite"]
+    assert rows["fp16 11"][0] == "batches not finite (of 8 a run), before"
     assert rows["full 11"] == ["25%", "0.10%", "0.00%", "30", "1,234",
                                "0%", "0.10%", "0.00%", "30", "1,234"]  # fmt: skip
     assert rows["no QK-norm 11"][1] == "0.10%"  # of the run that has it
@@ -345,7 +356,19 @@ def test_the_report_has_mean_and_spread(two_variants):
     assert rows["full (2) 7"] == ["0.550 ± 0.071", "0.900 ± 0.000"] + ["0.550 ± 0.071"] * 4
     without = "0.300 ± 0.071 (-0.250 ± 0.000)"  # seed by seed
     assert rows["no QK-norm (2) 7"][0] == without
-    assert rows["MLP (1) 7"][:2] == ["0.250 (-0.250)", "0.900 (+0.000)"]
+    assert rows["MLP (2) 7"][:2] == ["0.400 ± 0.071 (-0.250)", "0.900 ± 0.000 (+0.000)"]
+
+
+def test_a_damaged_result_is_named(two_variants, capsys, monkeypatch):
+    monkeypatch.setattr(ablation, "RESULTS", two_variants)
+    path = ablation.result_path(ablation.Config(), "full", 0)
+    path.parent.mkdir()
+    for content in ('{"variant": "full", "se', "[1]", "{}"):
+        path.write_text(content)
+        assert ablation.main([]) == 2
+        assert f"{path} is damaged" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="full-0.json is damaged"):
+            ablation_report.ablation_section()
 
 
 @pytest.mark.parametrize("changed", [{"steps": "9,9,9,9"}, {"n": 3}, {"weights": "0"},

@@ -207,6 +207,11 @@ def test_labels(said, scores):
     assert score_label(said, "red") == scores
 
 
+def test_a_statement_is_true_or_false_and_not_yes_or_no():
+    assert score_label("Yes, this is true.", "true") == (1, 0)
+    assert score_label("yes", "true") == score_label("no", "false") == (0, 0)
+
+
 def test_nothing_is_never_right():
     assert score_label("", "!") == (0, 0)  # of which the normaliser leaves nothing
 
@@ -519,6 +524,22 @@ def test_missing_pictures_are_named_before_anything_is_asked(run, data):
     assert "6.jpg" not in err and "2.jpg" not in err
 
 
+@pytest.mark.parametrize("name", ["../../../x.png", "../../../data-2/x.png"])
+def test_pictures_elsewhere_are_refused(run, data, name):
+    """Also where they exist: what a data file says must not choose among all of a disk."""
+    write(data / "gqa/testdev_balanced_questions.json",
+          [{"image": name, "question": "?", "answer": "a"}])  # fmt: skip
+    draw(data / "gqa/gqa_images" / name)
+    code, out, err = run("bench=gqa")
+    assert code == 2 and not out and "x.png is not under" in err
+
+
+def test_pictures_may_be_links_to_another_disk(data, tmp_path):
+    (data / "gqa/gqa_images").rename(tmp_path / "disk")
+    (data / "gqa/gqa_images").symlink_to(tmp_path / "disk")
+    assert len(items_of(data, "gqa")) == 3
+
+
 def test_a_picture_that_cannot_be_read_is_an_error(run, data):
     (data / "gqa/gqa_images/2.jpg").write_bytes(b"no picture")
     code, _, err = run("bench=gqa", "batch_size=1")
@@ -559,6 +580,7 @@ def test_bad_lines_and_empty_files_are_told(run, data):
     (["bench=gqa", "data="], "needs data=DIR"), (["bench=gqa", "n=-1"], "n is 0"),
     (["bench=gqa", "batch_size=0"], "batch_size 1 or more"), (["bench=gqa", "seed=1"], "no such"),
     (["bench=gqa", "official=2"], "1 or 0"), (["bench=gqa", "device=cuda"], "no GPU"),
+    (["bench=gqa", "device=gpu"], "device=gpu: torch can't compute"),
     (["bench=gpa"], "jsonl, gqa, vsr, iconqa"), (["bench=gqa"], "is not in somewhere"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(arguments, complaint, capsys, monkeypatch):

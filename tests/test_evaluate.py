@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import END_OF_TEXT, Tokenizer, inference_prompt, load_image, make_sample, read_records
+from data import END_OF_TEXT, Tokenizer, byte_names, inference_prompt, load_image, make_sample
+from data import read_records
 from experiments import evaluate
 from experiments.scores import iou, metrics, num_matched, objects, only_boxes, score
 from generate import answer
@@ -152,9 +153,7 @@ def test_scenes_follow_from_seed_and_split():
 def model(tmp_path_factory):
     """A miniature that has learned nothing, with bytes as its vocabulary."""
     folder = tmp_path_factory.mktemp("bytes")
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [*map(chr, visible), *(chr(256 + n) for n in range(256 - len(visible)))]
-    vocab = {letter: n for n, letter in enumerate(letters)} | {END_OF_TEXT: 256}
+    vocab = {name: n for n, name in enumerate(byte_names().values())} | {END_OF_TEXT: 256}
     (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
     torch.manual_seed(0)
@@ -301,10 +300,22 @@ def test_jsonl_scores_what_it_can_and_tells_what_not(run, tmp_path):
     (["bench=jsonl"], "needs data=FILE"),
     (["bench=jsonl", "data=missing.jsonl"], "missing.jsonl"),
     (["bench=world", "stage=5"], "stage 1 to 4"),
+    (["bench=world", "device=gpu"], "device=gpu: torch can't compute on that here; say cpu"),
+    (["bench=world", "device=meta"], "can't compute on that"),
+    (["bench=world", "device=hpu"], "can't compute on that"),
 ])
 def test_mistakes_end_in_one_line(run, arguments, complaint):
     code, out, err = run(*arguments)
     assert code == 2 and not out and err.count("\n") == 1 and complaint in err
+
+
+def test_the_model_goes_to_the_device(model, run, monkeypatch):
+    def from_pretrained(weights, stage, device):
+        raise ValueError(f"on {device}")
+
+    monkeypatch.setattr(evaluate, "check_device", lambda device: None)
+    monkeypatch.setattr(evaluate.TinyGPTV, "from_pretrained", from_pretrained)
+    assert "on cuda:1" in run("bench=world", "device=cuda:1")[2]
 
 
 def test_records_that_cannot_be_scored_are_told(run, tmp_path):

@@ -1,16 +1,20 @@
 """The targets of pre-training: what is asked of queries and tokens must be true of the scene."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from data import IGNORE, Tokenizer, parse_boxes
 from miniature import pretrain_language as language
 from miniature import pretrain_projection as projection
 from miniature import pretrain_vision as vision
-from miniature import world
+from miniature import pretrain, steps, world
 from model import PHI_PRESETS, Phi
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
@@ -160,3 +164,37 @@ def test_whitening_gives_all_directions_the_same_strength():
     torch.testing.assert_close(torch.cov(white.T), torch.eye(6), rtol=0, atol=0.1)
     weight, bias = projection.whitening(x * 1e-3)  # all of it noise
     assert (x * 1e-3 @ weight.T + bias).std() < 0.5
+
+
+def test_a_torn_save_leaves_the_weights_before_it(tmp_path, monkeypatch):
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    path = tmp_path / "vision.safetensors"
+    steps.save_half(torch.nn.Linear(2, 1), path)
+    assert load_file(path)["weight"].dtype == torch.float16
+    written = path.read_bytes()
+    monkeypatch.setattr(steps, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        steps.save_half(torch.nn.Linear(2, 1), path)
+    assert path.read_bytes() == written and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_do_not_make_the_same_part(tmp_path, monkeypatch, refusal):
+    """Another part beside it, they do."""
+    made = []
+    monkeypatch.setattr(pretrain, "__file__", str(tmp_path / "pretrain.py"))
+    for name in ("vision", "language"):
+        monkeypatch.setitem(pretrain.PARTS, name, lambda out, name=name: made.append(name))
+    code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX);" \
+           "print('locked', flush=True); sys.stdin.read()"  # fmt: skip
+    (tmp_path / "weights").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "weights" / "vision.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        assert "vision.lock: another process" in refusal(pretrain.main, "part=vision")
+        assert pretrain.main(["part=language"]) == 0 and made == ["language"]
+        other.communicate()
+    assert pretrain.main(["part=vision"]) == 0 and made == ["language", "vision"]
+    assert not list(tmp_path.glob("weights/*.lock"))

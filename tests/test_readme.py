@@ -1,15 +1,18 @@
-"""README.md keeps its word: files, commands and numbers are there and are these."""
+"""README.md and experiments/README.md keep their word: files, options, numbers are as they say."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from experiments import benchmarks, readme
+from data import EXAMPLES, validate_record
+from experiments import benchmarks, readme, training_memory
 from experiments.command_line import key_values
 from train import TrainConfig
 
@@ -17,6 +20,23 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = re.findall(r"^python (\S+\.py)(.*)$", TEXT, re.MULTILINE)
 IN_SENTENCES = re.findall(r"`python (\S+\.py)([^`]*)`", TEXT)
+EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text("utf-8")
+ELSEWHERE = {"--help", "--nnodes", "--nproc-per-node", "--rdzv-endpoint",  # argparse's, torchrun's
+             "key", "part", "pack"}  # key=value, pretrain.py's, from_pretrained's  # fmt: skip
+
+
+def in_table(text: str) -> list[tuple[str, str]]:
+    """Scripts and arguments; "..." stands for the script of the row above."""
+    found, script = [], ""
+    for command in re.findall(r"`(python \S+\.py[^`]*|\.\.\. [^`]*)`", text):
+        name, _, arguments = command.removeprefix("python ").partition(" ")
+        script = script if name == "..." else name
+        found.append((script, arguments))
+    return found
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def between(name: str) -> str:
@@ -26,8 +46,9 @@ def between(name: str) -> str:
 def test_files_that_the_readme_names_exist():
     named = re.findall(r"`([\w/]+(?:\.py|\.txt|/))`", TEXT)
     named += re.findall(r"\]\((assets/\S+)\)", TEXT)
-    runs = [name for name in named if not (ROOT / name).exists()]
-    assert len(named) > 10 and runs == []
+    missing = [name for name in named  # in the table of folders without the folder
+               if not (ROOT / name).exists() and not any(ROOT.glob(f"*/{name}"))]  # fmt: skip
+    assert len(named) > 10 and missing == []
     assert all((ROOT / script).exists() for script, _ in COMMANDS)
 
 
@@ -39,21 +60,74 @@ def test_tables_are_what_the_results_say():
     assert between("agreement") == readme.agreement()
     assert between("training") == readme.training_table()
     assert between("efficiency") == readme.efficiency_table()
+    assert between("weakest") == readme.weakest()
     assert between("ablation") == readme.ablation_section()
     assert between("shapes") == readme.shape_table()
 
 
-@pytest.mark.parametrize("script, arguments", COMMANDS + IN_SENTENCES)
+def test_what_the_miniature_does_worst(monkeypatch):
+    scores = {"caption_f1": 0.9, "caption_exact": 0.1, "refer_iou50": 0.8, "identify": 0.8,
+              "detection_f1": 0.7, "grounding_f1": 0.75, "vqa": {"color": 0.6, "fill": 0.5,
+                                                                 "mean": 0.4}}  # fmt: skip
+    monkeypatch.setattr(readme, "result", lambda name: scores)
+    assert "weakest at `fill` (0.500), of the tasks at `detection` (0.700)" in readme.weakest()
+
+
+def test_speed_is_told_as_far_as_it_was_measured(monkeypatch):
+    speed = readme.result("speed")
+    speed |= {"first_token": {"packed": 25.0}, "activation_error": 6e-5}
+    speed["variants"] = {"int8": speed["variants"]["int8"] | {"bandwidth": 44.4}}
+    monkeypatch.setattr(readme, "result", lambda name: speed)
+    assert "0.0060%" in readme.speed_table() and "packed 25.0 s." in readme.speed_table()
+    assert "| 44 GB/s |" in readme.speed_table() and "llama" not in readme.speed_table()
+    del speed["first_token"]
+    assert "first token" not in readme.speed_table()
+
+
+@pytest.mark.parametrize("script, arguments", COMMANDS + IN_SENTENCES + in_table(EXPERIMENTS))
 def test_options_in_commands_exist(script: str, arguments: str):
     source = (ROOT / script).read_text("utf-8")
     given = arguments.split("#")[0].split()
     if pairs := [argument for argument in given if "=" in argument]:
         module = import_module(script.removesuffix(".py").replace("/", "."))
         config = getattr(module, "Config", TrainConfig)
-        assert key_values(pairs, benchmarks.Config if "bench=gqa" in pairs else config)
+        if "bench=gqa" in pairs:
+            config = benchmarks.Config
+        elif "memory" in script and "weights=" not in arguments:
+            config = training_memory.Config
+        assert key_values(pairs, config)
     for option in (argument for argument in given if argument.startswith("--")):
         name = option.removeprefix("--")  # generate.py adds some by a table of names
         assert f'"{option}"' in source or f'"{name}":' in source
+
+
+def test_options_named_anywhere_exist():
+    """What is written as code: key=, and --option."""
+    modules = [import_module(f"experiments.{path.stem}") for path in ROOT.glob("experiments/*.py")]
+    configs = [TrainConfig, *(module.Config for module in modules if hasattr(module, "Config"))]
+    parsers = [*ROOT.glob("*.py"), *ROOT.glob("official/*.py"), ROOT / "tests" / "conftest.py"]
+    words = "".join(path.read_text("utf-8") for path in parsers)
+    known = {field.name for config in configs for field in fields(config)} | ELSEWHERE
+    for text in (TEXT, EXPERIMENTS):
+        code = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        code = "\n".join([*code, *re.findall(r"`([^`\n]+)`", without_blocks(text))])
+        keys = set(re.findall(r"(?<![\w.-])([a-z]\w*)=", code))
+        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - ELSEWHERE
+        assert len(keys) > 10 and keys <= known, keys - known
+        assert all(f'"{option}"' in words or f'"{option[2:]}":' in words for option in options)
+
+
+def test_records_of_the_example_are_valid():
+    block = re.search(r"^```\n(\{.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[1]
+    records = [json.loads(line) for line in block.splitlines()]
+    for number, record in enumerate(records, 1):
+        validate_record(record, f"line {number}")
+    assert {record["task"] for record in records} == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("text", [TEXT, EXPERIMENTS], ids=["README", "experiments/README"])
+def test_code_does_not_break_across_lines(text: str):
+    assert [line for line in without_blocks(text).splitlines() if line.count("`") % 2] == []
 
 
 def test_line_counts_are_right():

@@ -79,6 +79,18 @@ def test_scenes_are_deterministic_varied_and_well_formed():
                 assert other is obj or apart >= 0.02 - 1e-9
 
 
+def test_a_seed_means_the_same_scene_and_words_on_every_machine():
+    """Written down here: whoever changes them changes what all results are about."""
+    scene = sample_scene(52, "train")
+    assert inventory(scene)[:16] == ("small red solid triangle 1 36 24 59 "
+                                     "small red outlined triangle 43 23 60 39").split()
+    assert (scene.objects[0].rgb, scene.seed) == ((227, 15, 12), 3386836879)
+    record = vqa_record(scene, random.Random(0), "compare")
+    assert record["question"] == ("is the size of the outlined object and the red solid object "
+                                  "the same?")
+    assert record["answers"] == ["yes"]
+
+
 def test_unknown_split_task_or_kind_is_refused():
     scene, rng = SCENES["train"][0], random.Random(0)
     with pytest.raises(ValueError, match="train, val, test, held"):
