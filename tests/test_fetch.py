@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,20 @@ def test_what_is_not_the_file_gets_no_name(file, tmp_path, path, values, reason)
     assert not list((tmp_path / "folder").iterdir())
 
 
+@pytest.mark.parametrize("make, reason", [
+    (lambda part: part.mkdir(), "Is a directory"),
+    (lambda part: part.symlink_to("/dev/full"), "No space left on device"),
+])  # fmt: skip
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_what_can_not_be_written_is_told_at_once(file, tmp_path, make, reason, capsys):
+    (tmp_path / "folder").mkdir()
+    part = tmp_path / "folder" / "good.part"
+    make(part)
+    with pytest.raises(OSError, match=rf"cannot write {part} \({reason}\); make room there, or"):
+        fetch.fetch(file("good"), tmp_path)
+    assert len(Server.asked) == 1 and "127.0.0.1" not in capsys.readouterr().err
+
+
 def test_fewer_bytes_than_promised_are_kept_for_the_next_time(file, tmp_path):
     with pytest.raises(OSError, match="run this again"):
         fetch.fetch(file("too-short"), tmp_path)
@@ -135,6 +150,17 @@ def test_the_list_names_every_file_and_a_stage_needs_its_own(capsys):
     assert eva - clip == {"eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"}
     assert clip - eva == {"clip_vit_L.pth", "blip2_pretrained_vitL.pth"}
     assert "phi-2/vocab.json" in eva
+
+
+def test_what_is_to_be_fetched_by_hand_is_only_listed(capsys):
+    files = json.loads(fetch.FILES.read_text("utf-8"))
+    (by_hand,) = [file for file in files if file.get("by_hand")]
+    assert by_hand["path"] == "prerained_minigpt4_7b.pth"
+    assert fetch.main([]) == 0
+    listed = capsys.readouterr().out
+    (line,) = [line for line in listed.splitlines() if line.startswith(by_hand["path"])]
+    assert "(size unknown; stages 1; to be fetched by hand): MiniGPT-4's projection" in line
+    assert all(by_hand not in fetch.needed(files, stage, "eva") for stage in (1, 2, 3, 4))
 
 
 def test_the_command_line(file, tmp_path, monkeypatch, capsys):
