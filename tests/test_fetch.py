@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def test_a_broken_download_goes_on_where_it_stopped(file, tmp_path):
     assert fetch.fetch(file("breaks"), tmp_path)
     assert Server.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
     assert (tmp_path / "folder" / "breaks").read_bytes() == CONTENT
+
+
+def test_a_server_that_falls_silent_is_asked_for_the_rest(file, tmp_path, monkeypatch):
+    read = HTTPResponse.read
+
+    def read_or_wait(reply, size):
+        if len(Server.asked) > 1:
+            return read(reply, size)
+        if tmp_path.joinpath("folder", "good.part").stat().st_size:
+            raise TimeoutError("timed out")
+        return read(reply, 300_000)
+
+    monkeypatch.setattr(HTTPResponse, "read", read_or_wait)
+    assert fetch.fetch(file("good"), tmp_path)
+    assert Server.asked == [None, "bytes=300000-"]
+    assert (tmp_path / "folder" / "good").read_bytes() == CONTENT
 
 
 def test_a_server_that_knows_no_ranges_starts_anew(file, tmp_path):

@@ -228,3 +228,13 @@ def test_what_is_wrong_with_our_own_files_ends_in_advice(
 def test_a_stage_that_is_not_there_ends_in_advice(weights, drawing, refusal):
     told = refusal(generate.main, "--weights", weights, "--img", drawing, "--stage", "2")
     assert told.endswith("no stage 2 in it; stages found: 4; choose one of them, or train it\n")
+
+
+def test_our_own_files_are_never_taken_for_official_ones(weights, drawing, refusal):
+    """A folder above a weights directory; backbones apart from every config.json."""
+    told = refusal(generate.main, "--weights", weights.parent, "--img", drawing)
+    assert "no checkpoint in it; stages found: none; get the official files with" in told
+    run = (weights / "stage4").rename(weights.parent / "run")
+    config = json.loads((run / "config.json").read_text()) | {"backbones": "../weights"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert TinyGPTV.from_pretrained(run).stage == 4
