@@ -12,7 +12,10 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -80,6 +83,42 @@ def read_safetensors(path: Path, advice: str) -> dict[str, Tensor]:
         reason = f"is not a safetensors file, or is damaged or cut off ({printable(error)[:120]})"
         told = f"is {kind}, not weights" if kind else reason
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) {told}; {advice}") from None
+
+
+def read_pickle(path: Path, advice: str, is_zip: bool) -> object:
+    """What torch.save has written. is_zip: in the container since torch 1.6, which is mapped.
+    Raises ValueError, with the file's size and with advice what to do, for what is damaged, or
+    could do harm."""
+    described = f"{path} ({path.stat().st_size:,} bytes)"
+    try:
+        if is_zip and not is_stored(path):
+            raise ValueError("it is compressed, which torch does not do, to an unknown size")
+        with warnings.catch_warnings():  # of its version
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        if is_out_of_memory(error):
+            raise
+        reason = first_words(error)
+        if "unsupported global" in reason.lower():
+            raise ValueError(
+                f"{described} holds something else than tensors and plain values ({reason}); "
+                f"that could run code, so it was not opened. If it is damaged, {advice}"
+            ) from None
+        raise ValueError(f"{described} is damaged or cut off ({reason}); {advice}") from None
+
+
+def is_stored(path: Path) -> bool:
+    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def first_words(error: Exception) -> str:
+    """What a library says, without the advice that follows."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    words = re.search(r"unsupported global.*", text, re.IGNORECASE) or re.search(r".*", text)
+    return printable(words[0].split(". ")[0][:120])
 
 
 def check_tensor(

@@ -13,8 +13,6 @@ for a reason that the report gives; all else is an error that names file and ten
 
 import json
 import re
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -31,8 +29,10 @@ from official.checkpoints import (
     Tensors,
     check_tensor,
     files_below,
+    first_words,
     new_projector,
     qformer_lacks,
+    read_pickle,
     read_safetensors,
     read_tokenizer,
     release,
@@ -86,7 +86,7 @@ def open_weights(path: Path) -> WeightFile:
         head = file.read(64)
     is_table = head[8:9] == b"{"  # of safetensors: JSON after eight bytes with its length
     if head.startswith((b"PK", b"\x80")) and not is_table:
-        content = read_pickle(path, described, is_zip=head.startswith(b"PK"))
+        content = read_pickle(path, AGAIN, is_zip=head.startswith(b"PK"))
     elif is_table or path.suffix == ".safetensors":
         content = read_safetensors(path, AGAIN)
     else:
@@ -101,42 +101,9 @@ def open_weights(path: Path) -> WeightFile:
     return WeightFile(path, content, part_of(path, content))
 
 
-def read_pickle(path: Path, described: str, is_zip: bool) -> object:
-    """What torch.save has written. is_zip: in the container since torch 1.6, which is mapped."""
-    try:
-        if is_zip and not is_stored(path):
-            raise ValueError("it is compressed, which torch does not do, to an unknown size")
-        with warnings.catch_warnings():  # of its version
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
-    except Exception as error:  # damaged bytes can make a parser raise anything
-        if is_out_of_memory(error):
-            raise
-        reason = first_words(error)
-        if "unsupported global" in reason.lower():
-            raise ValueError(
-                f"{described} holds something else than tensors and plain values ({reason}); "
-                f"that could run code, so it was not opened. If it is damaged, {AGAIN}"
-            ) from None
-        raise ValueError(f"{described} is damaged or cut off ({reason}); {AGAIN}") from None
-
-
-def is_stored(path: Path) -> bool:
-    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-
-
 def is_plain(tensor: object) -> bool:
     """Whether it is a tensor with all its numbers, not a sparse one or a mere shape."""
     return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def first_words(error: Exception) -> str:
-    """What a library says, without the advice that follows."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-    words = re.search(r"unsupported global.*", text, re.IGNORECASE) or re.search(r".*", text)
-    return printable(words[0].split(". ")[0][:120])
 
 
 def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
