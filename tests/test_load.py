@@ -689,7 +689,8 @@ def test_the_command_line_says_in_one_line_what_is_wrong(folder, golden, capsys)
 @pytest.mark.parametrize("file, edit, reason", [
     (EVA, drop("blocks.0.norm1.weight"), "no file holds .*blocks.0.norm1.weight.* in {path}; fe"),
     (STAGE, drop(LORA), "{path} lacks .*officially llama_model.*lora_B.weight.*; fetch it again"),
-    (STAGE, put("llama_proj3.bias", torch.ones(1)), "{path}: llama_proj3.bias is no tensor of"),
+    (STAGE, put("llama_proj3.bias", torch.ones(1)),
+     "{path}: llama_proj3.bias is no tensor of TinyGPT-V; fetch it again"),
     (EVA, put("blocks.0.norm1.weight", torch.ones(3)), "{path}: blocks.0.norm1.weight has shape "
      r"\(3,\), the model needs \(24,\); fetch it again"),
     (STAGE, put(LORA, torch.ones(3, 2)), r"{path}: llama_model.*lora_B.weight has shape \(3, 2\), "
