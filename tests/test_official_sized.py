@@ -55,6 +55,7 @@ def test_the_bytes_are_those_of_the_real_files():
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch, refusal):
     monkeypatch.setattr(official_sized, "too_large", lambda dtype: "")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
+    monkeypatch.setattr(official_sized, "multiprocessing", None)  # nothing may be written
     told = refusal(official_sized.main, f"folder={tmp_path / 'files'}")
     assert "files will need 9.1 GB, and 3.0 GB are free there; make room, or choose" in told
     assert not list(tmp_path.iterdir())
@@ -71,6 +72,7 @@ def test_a_writer_that_fails_ends_the_experiment(tmp_path, capfd):
 def test_what_the_memory_does_not_hold_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(official_sized, "available_bytes", lambda: 10e9)
     monkeypatch.setattr(official_sized, "measure", lambda folder, dtype, stage: (dtype, stage))
+    monkeypatch.setattr(official_sized, "write_apart", lambda folder: None)
     config = official_sized.Config(folder=str(official_sized.ROOT))
     result = official_sized.measure_all(config)
     assert result["runs"] == [("bf16", 3), ("bf16", 4)] and result["cpu"]
