@@ -4,11 +4,13 @@
     python experiments/official_sized.py folder=DIR         ... or to DIR, where they stay
     python experiments/official_sized.py dtypes=bf16,fp32
 
-The names, shapes, types and containers are those that tests/golden/manifests tells. Each figure
+The names, shapes, types and containers are those that tests/golden/manifests tells; in the place of
+the official run's settings stands a short table, and the optimizer's moments are zeros. Each figure
 comes from generate.py in a process of its own: the load, with the import of torch, ends when it
 prints its report; the speed is that of the tokens after the first. Cold means right after the
 files were put out of the system's cache. For comparison the same files are read from end to end,
-though the loader passes over some of it: the optimizer's state and EVA's last block.
+though the loader passes over some of it: the optimizer's state and EVA's last block. A dtype for
+which the memory is too small is left out, and the result says so.
 """
 
 import json
@@ -30,12 +32,15 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.command_line import report
+from experiments.command_line import exit_code, report
+from experiments.speed import cpu_name
 from model import DTYPES, ModelConfig, TinyGPTV, set_dtype
 
 GOLDEN = ROOT / "tests" / "golden"
 RESULT = ROOT / "experiments" / "results" / "official_sized.json"
 FIRST_SHARD = 4_995_584_848  # bytes of the first of Phi-2's two files
+EVA, BLIP2, PHI = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "phi2_split_qkv"
+STAGES = {stage: f"TinyGPT-V_for_Stage{stage}.pth" for stage in (3, 4)}
 NEW_TOKENS = 33
 
 
@@ -48,14 +53,23 @@ class Config:
 # ---- files ----
 
 
+def read_manifest(name: str) -> dict:
+    return json.loads((GOLDEN / "manifests" / f"{name}.json").read_text("utf-8"))
+
+
+def manifest_keys(name: str) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and type of each tensor in a file."""
+    manifest = read_manifest(name)
+    if "keys_same_as" in manifest:
+        return manifest_keys(manifest["keys_same_as"].removesuffix(".json"))
+    return {key: (shape, getattr(torch, dtype))
+            for key, (shape, dtype) in manifest["keys"].items()}  # fmt: skip
+
+
 def random_tensors(name: str) -> dict[str, Tensor]:
     """The tensors of one manifest: norms near one, all else near zero."""
-    manifest = json.loads((GOLDEN / "manifests" / f"{name}.json").read_text("utf-8"))
-    if "keys_same_as" in manifest:
-        return random_tensors(manifest["keys_same_as"].removesuffix(".json"))
     tensors = {}
-    for key, (shape, dtype) in manifest["keys"].items():
-        dtype = getattr(torch, dtype)
+    for key, (shape, dtype) in manifest_keys(name).items():
         if not dtype.is_floating_point:
             tensors[key] = torch.arange(torch.Size(shape).numel(), dtype=dtype).view(shape)
             continue
@@ -73,18 +87,52 @@ def write_files(final: Path) -> None:
     (folder / "phi-2").mkdir(parents=True)
     for file in ("vocab.json", "merges.txt", "added_tokens.json"):
         shutil.copy(GOLDEN / "tokenizer_files" / file, folder / "phi-2")
-    torch.save(random_tensors("eva_vit_g.pth"), folder / "eva_vit_g.pth")
-    blip2 = "blip2_pretrained_flant5xxl.pth"
-    torch.save({"model": random_tensors(blip2)}, folder / blip2)
-    for stage in (3, 4):
-        name = f"TinyGPT-V_for_Stage{stage}.pth"
-        tensors = random_tensors(name)
-        moments = {i: {"exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)}
-                   for i, t in enumerate(tensors.values())}  # fmt: skip
-        optimizer = {"state": moments, "param_groups": []}
-        torch.save({"model": tensors, "optimizer": optimizer, "epoch": 0}, folder / name)
-    write_phi(random_tensors("phi2_split_qkv"), folder / "phi-2")
+    config = read_manifest("summary")["real_config"]
+    (folder / "phi-2" / "config.json").write_text(json.dumps(config))
+    torch.save(random_tensors(EVA), folder / EVA)
+    torch.save({"model": random_tensors(BLIP2)}, folder / BLIP2)
+    for stage, name in STAGES.items():
+        torch.save(runner_file(random_tensors(name), stage), folder / name)
+    write_phi(random_tensors(PHI), folder / "phi-2")
     folder.rename(final)
+
+
+def runner_file(tensors: dict[str, Tensor], stage: int) -> dict:
+    """What the official runner keeps of a stage."""
+    moments = {i: {"exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)}
+               for i, t in enumerate(tensors.values())}  # fmt: skip
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5,
+              "growth_interval": 2000, "_growth_tracker": 0}  # fmt: skip
+    return {"model": tensors, "optimizer": {"state": moments, "param_groups": []},
+            "config": {"run": {"stage": stage}}, "scaler": scaler, "epoch": 0}  # fmt: skip
+
+
+def bytes_to_write() -> int:
+    """What `write_files` takes on the disk: all tensors, those of the stages with two moments."""
+    total = 0
+    for name in (EVA, BLIP2, PHI, *STAGES.values()):
+        sizes = [torch.Size(shape).numel() * dtype.itemsize
+                 for shape, dtype in manifest_keys(name).values()]  # fmt: skip
+        total += sum(sizes) * (3 if name in STAGES.values() else 1)
+    return total
+
+
+def write_apart(folder: Path) -> None:
+    """`write_files` in another process, whose memory is not counted. Raises ValueError if there is
+    no room on the disk, or if it fails."""
+    needed, there = bytes_to_write(), next(path for path in folder.parents if path.exists())
+    if (free := shutil.disk_usage(there).free) < 1.01 * needed:
+        raise ValueError(f"{folder} will need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+                         "free there; make room, or choose another place with folder=DIR")
+    writer = multiprocessing.get_context("spawn").Process(target=write_or_tell, args=[folder])
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise ValueError(f"{folder} was not written (exit code {writer.exitcode})")
+
+
+def write_or_tell(folder: Path) -> None:
+    sys.exit(exit_code(lambda: write_files(folder)))
 
 
 def write_phi(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -155,6 +203,21 @@ def resident_bytes(dtype: str) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
+def available_bytes() -> int:
+    """How much memory is not in use, or only by the system's cache."""
+    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024
+
+
+def too_large(dtype: str) -> str:
+    """Why a dtype can't be measured here, in words; empty if it can."""
+    needed, available = 1.1 * resident_bytes(dtype), available_bytes()
+    if needed <= available:
+        return ""
+    return (f"{dtype} is left out: it needs {needed / 1e9:.1f} GB of memory, and "
+            f"{available / 1e9:.1f} GB are free")  # fmt: skip
+
+
 def measure(folder: Path, dtype: str, stage: int) -> dict:
     """One row of the table: a dtype and a stage, which says how large the picture is."""
     other = f"Stage{7 - stage}"  # the checkpoint that is not read
@@ -183,14 +246,18 @@ def measure_all(config: Config) -> dict:
     dtypes = config.dtypes.split(",")
     if unknown := set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes={config.dtypes}: {unknown.pop()} is not in {list(DTYPES)}")
+    left_out = {dtype: reason for dtype in dtypes if (reason := too_large(dtype))}
+    print(*left_out.values(), sep="\n", end="\n" * bool(left_out), file=sys.stderr)
+    dtypes = [dtype for dtype in dtypes if dtype not in left_out]
+    if not dtypes:
+        raise ValueError("no dtype is left to measure; close other programs, or say dtypes=bf16")
     with tempfile.TemporaryDirectory(prefix="official_sized_") as temporary:
         folder = Path(config.folder or f"{temporary}/files")
-        if not folder.exists():  # by another process, whose memory is not counted
-            writer = multiprocessing.get_context("spawn").Process(target=write_files, args=[folder])
-            writer.start()
-            writer.join()
+        if not folder.exists():
+            write_apart(folder)
         return {
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "left_out": list(left_out.values()),
             "runs": [measure(folder, dtype, stage) for dtype in dtypes for stage in (3, 4)],
         }  # fmt: skip
 

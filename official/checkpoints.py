@@ -12,7 +12,10 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from bridge import Projector, ProjectorConfig
 from data import Tokenizer, printable
+from experiments.command_line import is_out_of_memory
 from lora import merge_tensors
 from model import (
     ModelConfig,
@@ -40,6 +44,14 @@ from quantize import quantize_tensors
 
 Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, one after the other
 
+BACKBONE_FILES = {
+    "vision.safetensors": "visual_encoder.",
+    "qformer.safetensors": "qformer.",
+    "phi.safetensors": "phi.",
+}
+OUR_FILES = (*BACKBONE_FILES, "projection.safetensors", "model.safetensors", "train_state.pt")
+RENEW = "make it again with train.py or quantize.py, or restore the miniature's with git"
+
 
 # ---- tensors ----
 
@@ -49,40 +61,87 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of one safetensors file, checked, their names after `prefix`."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} is missing; {RENEW}")
+    names = {prefix + name: tensor for name, tensor in read_safetensors(path, RENEW).items()}
     try:
-        tensors = load_file(path)
-    except Exception as error:  # damaged bytes can make a parser raise anything
-        with open(path, "rb") as file:
-            kind = not_weights(file.read(64))
-        told = f"{path} ({path.stat().st_size} bytes) is "
-        told += f"{kind}, " * bool(kind) + f"not a safetensors file: {printable(error)}"
-        raise ValueError(told) from None
-    names = {prefix + name: tensor for name, tensor in tensors.items()}
-    try:
-        return {n: check_tensor(n, tensor, expected.get(n), copy) for n, tensor in names.items()}
+        return {name: check_tensor(name, tensor, expected.get(name), copy, RENEW)
+                for name, tensor in names.items()}  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{path}: {printable(error)}") from None
 
 
-def check_tensor(name: str, tensor: Tensor, expected: Tensor | None, copy: bool) -> Tensor:
+def read_safetensors(path: Path, advice: str) -> dict[str, Tensor]:
+    """All tensors of a file, memory-mapped. Raises ValueError, with the file's size and with advice
+    what to do, for what is no such file."""
+    try:
+        return load_file(path)
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        if is_out_of_memory(error):
+            raise
+        with open(path, "rb") as file:
+            kind = not_weights(file.read(64))
+        reason = f"is not a safetensors file, or is damaged or cut off ({printable(error)[:120]})"
+        told = f"is {kind}, not weights" if kind else reason
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) {told}; {advice}") from None
+
+
+def read_pickle(path: Path, advice: str, is_zip: bool) -> object:
+    """What torch.save has written. is_zip: in the container since torch 1.6, which is mapped.
+    Raises ValueError, with the file's size and with advice what to do, for what is damaged, or
+    could do harm."""
+    described = f"{path} ({path.stat().st_size:,} bytes)"
+    try:
+        if is_zip and not is_stored(path):
+            raise ValueError("it is compressed, which torch does not do, to an unknown size")
+        with warnings.catch_warnings():  # of its version
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except Exception as error:  # damaged bytes can make a parser raise anything
+        if is_out_of_memory(error):
+            raise
+        reason = first_words(error)
+        if "unsupported global" in reason.lower():
+            raise ValueError(
+                f"{described} holds something else than tensors and plain values ({reason}); "
+                f"that could run code, so it was not opened. If it is damaged, {advice}"
+            ) from None
+        raise ValueError(f"{described} is damaged or cut off ({reason}); {advice}") from None
+
+
+def is_stored(path: Path) -> bool:
+    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def first_words(error: Exception) -> str:
+    """What a library says, without the advice that follows."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    words = re.search(r"unsupported global.*", text, re.IGNORECASE) or re.search(r".*", text)
+    return printable(words[0].split(". ")[0][:120])
+
+
+def check_tensor(
+    name: str, tensor: Tensor, expected: Tensor | None, copy: bool, advice: str
+) -> Tensor:
     """What a file holds in the dtype of the tensor (on the meta device) whose place it takes; a
-    copy, or where possible the mapped file itself. Raises ValueError if there is none, the shape
-    differs, a number is not finite, or int8 is no int8."""
+    copy, or where possible the mapped file itself. Raises ValueError, with advice what to do, if
+    there is none, the shape differs, a number is not finite, or int8 is no int8."""
     if expected is None:
-        raise ValueError(f"unexpected tensor {name}")
+        raise ValueError(f"unexpected tensor {name}; {advice}")
     if tensor.shape != expected.shape:
         shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected.shape)}"
-        raise ValueError(f"{name} has shape {shapes}")
+        raise ValueError(f"{name} has shape {shapes}; {advice}")
     if expected.is_floating_point() and not tensor.is_floating_point():
-        raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers; {advice}")
     if not expected.is_floating_point() and tensor.dtype != expected.dtype:
-        raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}")
+        raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}; {advice}")
     converted = in_dtype(tensor, expected.dtype, copy)
     if not all_finite(converted):
-        is_finite = all_finite(tensor.double())  # some types of 8 bits have no extremes
-        too_large = f"numbers too large for {expected.dtype}"
-        raise ValueError(f"{name} holds {too_large if is_finite else 'NaN or infinity'}")
+        if all_finite(tensor.double()):  # some types of 8 bits have no extremes
+            too_large = f"numbers too large for {expected.dtype}"
+            raise ValueError(f"{name} holds {too_large}; use bf16 or fp32")
+        raise ValueError(f"{name} holds NaN or infinity; {advice}")
     return converted
 
 
@@ -107,11 +166,19 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is the extreme of both
 
 
-def require(found: dict[str, Tensor], names: set[str], folder: Path) -> None:
-    """Raises ValueError unless all names were found in the folder."""
-    missing = sorted(names - set(found))
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+def require(found: dict[str, Tensor], names: set[str], path: Path) -> None:
+    """Raises ValueError unless all names were found in the file."""
+    if missing := sorted(names - set(found)):
+        told = f"{len(missing)} tensors are missing, first {missing[0]}"
+        raise ValueError(f"{path}: {told}; {RENEW}")
+
+
+def qformer_lacks(found: set[str], expected: Iterable[str]) -> list[str]:
+    """What a checkpoint lacks that brings a Q-Former of its own, which is not to be mixed with the
+    backbone's; nothing if it brings none. The norm before it is frozen wherever it was trained."""
+    whole = {name for name in expected if name.startswith("qformer.")}
+    frozen = {name for name in whole if name.startswith("qformer.ln_vision.")}
+    return sorted(whole - frozen - found) if whole & found else []
 
 
 def tensors_fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -159,13 +226,15 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def is_official(directory: Path) -> bool:
-    """Whether a folder holds official files, or the beginnings of their download: their ViT and
-    Q-Former are pickles. A folder with one of our configurations is ours whatever else is there."""
+    """Whether a folder holds official files, or the beginnings of their download: weights whose
+    files have none of our names. With one of our configurations it is ours whatever else is there.
+    """
     for path in (directory / "config.json", *directory.glob("stage[1-4]/config.json")):
         if path.exists() and '"qformer"' in path.read_text("utf-8", errors="replace"):
             return False
-    endings = (".pth", ".pt", ".bin", ".part")
-    return any(path.suffix in endings for path in files_below(directory))
+    endings = (".pth", ".pt", ".bin", ".safetensors", ".part")
+    return any(path.suffix in endings and path.name not in OUR_FILES
+               for path in files_below(directory))  # fmt: skip
 
 
 def checkpoint_directory(directory: Path, stage: int | None) -> Path:
@@ -178,7 +247,9 @@ def checkpoint_directory(directory: Path, stage: int | None) -> Path:
     if not stages or (stage is not None and stage not in stages):
         wanted = "no checkpoint" if stage is None else f"no stage {stage}"
         found = ", ".join(map(str, stages)) or "none"
-        raise FileNotFoundError(f"{directory}: {wanted} in it; stages found: {found}")
+        advice = f"get the official files with python official/fetch.py --out {directory}"
+        advice = "choose one of them, or train it" if stages else advice
+        raise FileNotFoundError(f"{directory}: {wanted} in it; stages found: {found}; {advice}")
     return directory / f"stage{stage or stages[-1]}"
 
 
@@ -220,7 +291,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; is {folder} a weights directory?") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a model: {error!r:.300}") from None
+        raise ValueError(f"{path} does not describe a model: {error!r:.300}; {RENEW}") from None
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
@@ -235,13 +306,6 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 # ---- models ----
 
 
-BACKBONE_FILES = {
-    "vision.safetensors": "visual_encoder.",
-    "qformer.safetensors": "qformer.",
-    "phi.safetensors": "phi.",
-}
-
-
 def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
     """A projector that has learned nothing yet (torch's default initialisation), to be trained."""
     return {f"projector.{name}": t for name, t in Projector(config).state_dict().items()}
@@ -251,14 +315,17 @@ def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensor
     """The tensors of a checkpoint directory, then what its backbones have beside them."""
     expected = model.state_dict()
     if model.config.int8:
-        tensors = read_tensors(folder / "model.safetensors", "", expected, copy=False)
-        require(tensors, set(expected), folder)
+        path = folder / "model.safetensors"
+        tensors = read_tensors(path, "", expected, copy=False)
+        require(tensors, set(expected), path)
         yield from tensors.items()
         return
     if model.stage > 0:
-        own = read_tensors(folder / "model.safetensors", "", expected, copy)
-        require(own, {name for name in expected if is_trainable(name)}, folder)
-        model.carried = {name for name in own if not is_trainable(name)}
+        path = folder / "model.safetensors"
+        own = read_tensors(path, "", expected, copy)
+        trained = {name for name in expected if is_trainable(name)}
+        require(own, trained | set(qformer_lacks(set(own), expected)), path)
+        model.carried = set(own) - trained
     else:  # the first half of the projection has a history, the second begins
         path = model.backbones / "projection.safetensors"
         own = new_projector(model.config.projector)
@@ -272,7 +339,7 @@ def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensor
     for file, prefix in BACKBONE_FILES.items():
         tensors = read_tensors(model.backbones / file, prefix, expected, copy)
         names = {n for n in expected if n.startswith(prefix) and not is_new(n)}
-        require(tensors, names, model.backbones)
+        require(tensors, names, model.backbones / file)
         yield from ((name, tensor) for name, tensor in tensors.items() if name not in own)
 
 

@@ -5,6 +5,8 @@
     python official/fetch.py --out DIR --stage 2       what a model of stage 2 needs
     python official/fetch.py --out DIR --vision clip   with CLIP's ViT in the place of EVA's
 
+What stands under "by hand" in files.json is only listed, with the page to fetch it from.
+
 A broken download goes on where it stopped. A file gets its name only when it is whole: as long as
 the server and files.json say, with the hash that files.json knows, and not an error page.
 """
@@ -17,7 +19,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,8 +36,10 @@ NOT_WEIGHTS = {
 
 
 def needed(files: list[dict], stage: int, vision: str) -> list[dict]:
-    """The files that a model of this stage with this ViT is made of."""
-    return [file for file in files if stage in file["stages"] and file["vision"] in (vision, "any")]
+    """The files that a model of this stage with this ViT is made of, as far as they can be fetched
+    from here."""
+    return [file for file in files if stage in file["stages"]
+            and file["vision"] in (vision, "any") and not file.get("by_hand")]  # fmt: skip
 
 
 def describe(files: list[dict]) -> str:
@@ -43,6 +49,7 @@ def describe(files: list[dict]) -> str:
         size = f"{file['bytes'] / 1e6:,.1f} MB" if file["bytes"] else "size unknown"
         stages = ", ".join(map(str, file["stages"]))
         only = "" if file["vision"] == "any" else f"; only with --vision {file['vision']}"
+        only += "; to be fetched by hand" if file.get("by_hand") else ""
         lines += [f"{file['path']}  ({size}; stages {stages}{only}): {file['what']}",
                   f"    {file['url']}", f"    licence: {file['license']}"]  # fmt: skip
     return "\n".join(lines)
@@ -52,7 +59,8 @@ def fetch(file: dict, out: Path) -> bool:
     """Makes sure that the file is in `out`; False if it was there already.
 
     Raises ValueError, saying what to do, for what came and is not the file, OSError where nothing
-    comes. What has arrived of a broken download stays in FILE.part, for the next time.
+    comes or can be written. What has arrived of a broken download stays in FILE.part, for the next
+    time.
     """
     path = out / file["path"]
     part = path.with_name(path.name + ".part")
@@ -70,6 +78,21 @@ def fetch(file: dict, out: Path) -> bool:
     return True
 
 
+class Interrupted(Exception):
+    """Nobody answered, or the connection broke off: worth another try."""
+
+
+@contextmanager
+def network() -> Iterator[None]:
+    """Tells what goes wrong on the way from what goes wrong here, with the disk."""
+    try:
+        yield
+    except urllib.error.HTTPError:  # an answer
+        raise
+    except (HTTPException, OSError) as error:
+        raise Interrupted(str(error)) from error
+
+
 def download(url: str, part: Path) -> int:
     """Appends to `part` until it is as long as the server says; returns that length."""
     failures = total = 0
@@ -83,8 +106,11 @@ def download(url: str, part: Path) -> int:
                 total = total or int(length)
             elif error.code < 500 and error.code != 429:
                 raise ValueError(f"{url}: the server says {error.code} {error.reason}") from None
-        except (HTTPException, OSError) as error:
+        except Interrupted as error:
             print(f"{url}: {error}", file=sys.stderr)
+        except OSError as error:
+            advice = "make room there, or choose another --out"
+            raise OSError(f"cannot write {part} ({error.strerror}); {advice}") from error
         size = part.stat().st_size if part.exists() else 0
         if total and size >= total:
             return total
@@ -97,7 +123,9 @@ def download(url: str, part: Path) -> int:
 def request(url: str, part: Path, start: int) -> int:
     """One attempt: writes what the server sends from byte `start` on; returns the whole length."""
     headers = {"Range": f"bytes={start}-"} if start else {}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+    with network():
+        reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    with reply:
         resumed = reply.status == 206
         length = reply.headers.get("Content-Length")
         if length is None or not length.isdigit():
@@ -107,10 +135,16 @@ def request(url: str, part: Path, start: int) -> int:
         with open(part, "ab" if resumed else "wb") as file, tqdm(
             total=total, initial=start, unit="B", unit_scale=True, desc=part.stem
         ) as bar:
-            while block := reply.read(CHUNK):
+            while block := receive(reply):
                 file.write(block)
                 bar.update(len(block))
     return total
+
+
+def receive(reply: HTTPResponse) -> bytes:
+    """The next bytes of an answer; none at its end."""
+    with network():
+        return reply.read(CHUNK)
 
 
 def check(path: Path, file: dict, total: int) -> None:

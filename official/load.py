@@ -13,25 +13,27 @@ for a reason that the report gives; all else is an error that names file and ten
 
 import json
 import re
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data import is_file_name, printable
+from experiments.command_line import is_out_of_memory
 from lora import LORA_PRESETS
 from model import ModelConfig, TinyGPTV, half_dtype, is_trainable, set_dtype
 from official.checkpoints import (
     Tensors,
     check_tensor,
     files_below,
+    first_words,
     new_projector,
+    qformer_lacks,
+    read_pickle,
+    read_safetensors,
     read_tokenizer,
     release,
 )
@@ -40,8 +42,11 @@ from official.weights import (
     clip_from_official,
     eva_from_official,
     from_official,
+    official_name,
     phi_from_official,
+    rename,
 )
+from vision import CLIP_NAMES
 
 # The parts of the model, each with what only its files have among their names; first fit wins.
 EVA, CLIP, QFORMER, PHI = "EVA's ViT", "CLIP's ViT", "the Q-Former", "Phi-2"
@@ -54,6 +59,7 @@ SIGNS = {
     EVA: r"blocks\.\d+\.attn\.q_bias$",
     PHI: r"transformer\.(embd|h)\.|lm_head\.|model\.(embed_tokens|layers|final_layernorm)\.",
 }
+PARTS_OF = {"visual_encoder": (EVA, CLIP), "qformer": (QFORMER,), "phi": (PHI,)}
 ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 AGAIN = "fetch it again: python official/fetch.py"
 # What Phi-2's files lack of TinyGPT-V's norms, and its checkpoints bring or leave as they began.
@@ -78,51 +84,26 @@ def open_weights(path: Path) -> WeightFile:
     described = f"{path} ({path.stat().st_size:,} bytes)"
     with open(path, "rb") as file:
         head = file.read(64)
-    is_safetensors = head[8:9] == b"{"  # a JSON table after eight bytes with its length
-    if not is_safetensors and (kind := not_weights(head)):
-        raise ValueError(f"{described} is {kind}, not weights; {AGAIN}")
-    try:
-        if head.startswith((b"PK", b"\x80")) and not is_safetensors:
-            is_zip = head.startswith(b"PK")  # the container since torch 1.6
-            if is_zip and not is_stored(path):
-                raise ValueError("it is compressed, which torch does not do, to an unknown size")
-            with warnings.catch_warnings():  # of its version
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
-        else:
-            content = load_file(path)
-    except Exception as error:  # damaged bytes can make a parser raise anything
-        reason = first_words(error)
-        if "unsupported global" in reason.lower():
-            raise ValueError(
-                f"{described} holds something else than tensors and plain values ({reason}); "
-                f"that could run code, so it was not opened. If it is damaged, {AGAIN}"
-            ) from None
-        raise ValueError(f"{described} is damaged or cut off ({reason}); {AGAIN}") from None
+    is_table = head[8:9] == b"{"  # of safetensors: JSON after eight bytes with its length
+    if head.startswith((b"PK", b"\x80")) and not is_table:
+        content = read_pickle(path, AGAIN, is_zip=head.startswith(b"PK"))
+    elif is_table or path.suffix == ".safetensors":
+        content = read_safetensors(path, AGAIN)
+    else:
+        kind = not_weights(head)
+        told = f"{kind}, not weights" if kind else "damaged or cut off (it begins like no weights)"
+        raise ValueError(f"{described} is {told}; {AGAIN}")
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # beside it may be an optimizer, which stays unread
     if not (isinstance(content, dict) and all(isinstance(name, str) for name in content)
             and all(map(is_plain, content.values()))):  # fmt: skip
-        raise ValueError(f"{described} is not a table of tensors, so it is no weight file")
+        raise ValueError(f"{described} is not a table of tensors, so it is no weight file; {AGAIN}")
     return WeightFile(path, content, part_of(path, content))
-
-
-def is_stored(path: Path) -> bool:
-    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def is_plain(tensor: object) -> bool:
     """Whether it is a tensor with all its numbers, not a sparse one or a mere shape."""
     return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def first_words(error: Exception) -> str:
-    """What a library says, without the advice that follows."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-    words = re.search(r"unsupported global.*", text, re.IGNORECASE) or re.search(r".*", text)
-    return printable(words[0].split(". ")[0][:120])
 
 
 def part_of(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -235,9 +216,11 @@ class Filling:
         self.model, self.device, self.copy = model, device, copy
         self.expected = model.state_dict()
         self.source: dict[str, Path] = {}  # where each tensor came from
+        self.files: list[WeightFile] = []  # that it was taken from
 
     def take(self, files: list[WeightFile]) -> Tensors:
         """All that the files of one part hold, but for what an earlier part brought."""
+        self.files += files
         file_of = files_by_name(files)
         placed: dict[str, Path] = {}  # by this part
         num_read = 0
@@ -271,29 +254,34 @@ class Filling:
                     raise held_twice(label, placed[name], file.path)
                 placed[name] = file.path
                 if name not in self.source:
-                    tensor = check_tensor(label, tensor, self.expected.get(name), self.copy)
+                    like = self.expected.get(name)
+                    tensor = check_tensor(label, tensor, like, self.copy, AGAIN)
                     checked[name] = tensor.to(self.device)
                     self.source[name] = file.path
         except ValueError as error:
             raise ValueError(f"{file.path}: {printable(error)}") from None
-        except RuntimeError:  # q, k and v that can't be joined, rows that can't be reordered
-            found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-            told = f"{file.path}: shapes that do not fit the model: {printable(found)}"
-            raise ValueError(told) from None
+        except RuntimeError as error:  # about types that torch can't join or convert
+            if is_out_of_memory(error):
+                raise
+            told = f"{printable(next(iter(tensors)))} can't be used ({first_words(error)})"
+            raise ValueError(f"{file.path}: {told}; {AGAIN}") from None
         file.places += [list(ours)] * (len(tensors) - len(ignored))
         return checked, ignored
 
     def translate(self, part: str, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, str]]:
         """Tensors by our names, and for those without a use the reasons."""
         config = self.model.config
-        if part in (CHECKPOINT, QFORMER, PROJECTION):
-            return from_official(tensors, config)
-        if part == PHI:
-            state, ignored = phi_from_official(tensors, config.phi.num_heads)
-            return {f"phi.{name}": tensor for name, tensor in state.items()}, ignored
-        from_file = clip_from_official if part == CLIP else eva_from_official
-        state, ignored = from_file(tensors, config.vision.num_layers)
-        return {f"visual_encoder.{name}": tensor for name, tensor in state.items()}, ignored
+        try:
+            if part in (CHECKPOINT, QFORMER, PROJECTION):
+                return from_official(tensors, config)
+            if part == PHI:
+                state, ignored = phi_from_official(tensors, config.phi.num_heads)
+                return {f"phi.{name}": tensor for name, tensor in state.items()}, ignored
+            from_file = clip_from_official if part == CLIP else eva_from_official
+            state, ignored = from_file(tensors, config.vision.num_layers)
+            return {f"visual_encoder.{name}": tensor for name, tensor in state.items()}, ignored
+        except ValueError as error:
+            raise ValueError(f"{error}; {AGAIN}") from None
 
     def report(self, file: WeightFile) -> str:
         """A line about what became of a file's tensors."""
@@ -316,21 +304,40 @@ class Filling:
             elif name in projector:
                 value = projector[name]
             else:
-                shape = tuple(self.expected[name].shape)
-                raise ValueError(f"no file holds {name}, shape {shape}")
+                raise self.missing(name)
             begun[name] = value.to(self.device)
         return begun
 
+    def missing(self, name: str) -> ValueError:
+        """The error about a tensor that no file holds: its name there, and where it belongs."""
+        parts = PARTS_OF[name.split(".")[0]]
+        files = [file for file in self.files if file.part in parts]
+        theirs = official_name(name, has_lora=False).removeprefix("llama_model.")
+        theirs = theirs.removeprefix("visual_encoder.")
+        if files[0].part == CLIP:
+            theirs = rename(theirs, CLIP_NAMES) or theirs
+        shape, paths = tuple(self.expected[name].shape), " or ".join(str(f.path) for f in files)
+        told = f"no file holds {name} (officially {theirs}), shape {shape}"
+        return ValueError(f"{told}; it belongs in {paths}; {AGAIN}")
+
     def check_trained(self, checkpoint: WeightFile) -> None:
-        """All that the stages train has to come from the checkpoint, not from a backbone.
+        """All that the stages train has to come from the checkpoint, not from a backbone; and a
+        Q-Former comes from it as a whole or not at all.
 
         The first release of stage 4 was trained with the Q-Former, but without Phi's last norm.
         """
-        first_release = self.source.get("qformer.query_tokens") == checkpoint.path
-        for name in filter(is_trainable, self.expected):
-            if self.source.get(name) != checkpoint.path:
-                if not (first_release and name == "phi.final_layernorm.weight"):
-                    raise ValueError(f"{checkpoint.path} lacks {name}, which every stage trains")
+        brought = {name for name, path in self.source.items() if path == checkpoint.path}
+        is_first = "qformer.query_tokens" in brought
+        lacking = qformer_lacks(brought, self.expected)
+        reason = "though it brings a Q-Former of its own"
+        if not lacking:
+            lacking = [name for name in self.expected if is_trainable(name) and name not in brought
+                       and not (is_first and name == "phi.final_layernorm.weight")]  # fmt: skip
+            reason = "which every stage trains"
+        if lacking:
+            theirs = official_name(lacking[0], has_lora=self.model.config.lora is not None)
+            told = f"{checkpoint.path} lacks {lacking[0]} (officially {theirs}), {reason}"
+            raise ValueError(f"{told}; {AGAIN}")
 
 
 def new_norm(name: str, like: Tensor) -> Tensor:
@@ -402,7 +409,7 @@ def read_official(
     yield from begun.items()
     files = [file for files in parts.values() for file in files] + [checkpoint] * bool(checkpoint)
     lines = [filling.report(file) for file in files]
-    model.load_report = "\n".join(lines + closing_lines(model, len(begun), checkpoint))
+    model.load_report = "\n".join(lines + closing_lines(model, len(begun), bool(checkpoint)))
 
 
 def read_backbones(
@@ -417,17 +424,18 @@ def read_backbones(
     filling.source = dict.fromkeys(own, Path())
     for files in parts.values():
         yield from filling.take(files)
-    yield from filling.begin_the_rest(has_checkpoint=model.stage > 0).items()
-    model.load_report = "\n".join(
-        filling.report(file) for files in parts.values() for file in files
-    )
+    has_checkpoint = model.stage > 0
+    begun = filling.begin_the_rest(has_checkpoint)
+    yield from begun.items()
+    lines = [filling.report(file) for file in filling.files]
+    model.load_report = "\n".join(lines + closing_lines(model, len(begun), has_checkpoint))
 
 
-def closing_lines(model: TinyGPTV, begun: int, checkpoint: WeightFile | None) -> list[str]:
+def closing_lines(model: TinyGPTV, begun: int, has_checkpoint: bool) -> list[str]:
     """The end of the report: the total, and what is not to be expected."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = f"; {begun} tensors that no file has are as training begins" if begun else ""
     lines = [f"stage {model.stage}: {total:,} parameters, every one accounted for{rest}"]
-    if not checkpoint:
+    if not has_checkpoint:
         lines.append("without a checkpoint of TinyGPT-V this model talks nonsense until trained")
     return lines

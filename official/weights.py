@@ -63,8 +63,17 @@ def rename(name: str, table: dict[str, str]) -> str | None:
     return None
 
 
+def official_name(name: str, has_lora: bool) -> str:
+    """The name that one of our tensors has in the official model."""
+    theirs = rename(name, OFFICIAL_NAMES)
+    return theirs.replace("llama_model.", "llama_model.base_model.model.") if has_lora else theirs
+
+
 def by_blocks(tensor: Tensor, num_heads: int) -> Tensor:
-    """Rows [q_0 k_0 v_0 q_1 k_1 v_1 ...], one head after the other -> [q | k | v]."""
+    """Rows [q_0 k_0 v_0 q_1 k_1 v_1 ...], one head after the other -> [q | k | v]. A tensor of
+    another number of rows is returned as it is, for who checks its shape to refuse."""
+    if tensor.ndim == 0 or tensor.shape[0] % (3 * num_heads):
+        return tensor
     rows = tensor.unflatten(0, (num_heads, 3, -1))  # (heads, 3, head_dim, ...)
     return rows.transpose(0, 1).reshape(tensor.shape)
 
@@ -82,12 +91,16 @@ def is_interleaved(name: str) -> bool:
 
 
 def join_qkv(tensors: dict[str, Tensor], joined: str) -> dict[str, Tensor]:
-    """Makes one tensor [q | k | v], named `joined`, of each q_proj, k_proj and v_proj."""
+    """Makes one tensor [q | k | v], named `joined`, of each q_proj, k_proj and v_proj. Raises
+    ValueError if one of the three is missing or has another shape."""
     tensors = dict(tensors)
     for name in [name for name in tensors if re.search(r"\.[qkv]_proj\.", name)]:
         names = [re.sub(r"\.[qkv]_proj\.", f".{x}_proj.", name) for x in "qkv"]
         if missing := [part for part in names if part not in tensors]:
             raise ValueError(f"{name} is there, but {missing[0]} is not")
+        if len({tensors[part].shape for part in names}) > 1:
+            shapes = [f"{part} {tuple(tensors[part].shape)}" for part in names]
+            raise ValueError(f"{', '.join(shapes)} should have one shape")
         if name == names[0]:
             whole = torch.cat([tensors[part] for part in names])
             tensors[name.replace("q_proj", joined)] = whole
@@ -202,10 +215,7 @@ def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
     """The inverse of `from_official`, with the prefix that the official code uses with LoRA."""
     tensors = {}
     for name, tensor in state.items():
-        theirs = rename(name, OFFICIAL_NAMES)
-        if config.lora is not None:
-            theirs = theirs.replace("llama_model.", "llama_model.base_model.model.")
         if is_interleaved(name):
             tensor = by_heads(tensor, config.phi.num_heads)
-        tensors[theirs] = tensor
+        tensors[official_name(name, config.lora is not None)] = tensor
     return tensors

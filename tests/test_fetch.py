@@ -3,7 +3,9 @@
 import hashlib
 import json
 import threading
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,22 @@ def test_a_broken_download_goes_on_where_it_stopped(file, tmp_path):
     assert (tmp_path / "folder" / "breaks").read_bytes() == CONTENT
 
 
+def test_a_server_that_falls_silent_is_asked_for_the_rest(file, tmp_path, monkeypatch):
+    read = HTTPResponse.read
+
+    def read_or_wait(reply, size):
+        if len(Server.asked) > 1:
+            return read(reply, size)
+        if tmp_path.joinpath("folder", "good.part").stat().st_size:
+            raise TimeoutError("timed out")
+        return read(reply, 300_000)
+
+    monkeypatch.setattr(HTTPResponse, "read", read_or_wait)
+    assert fetch.fetch(file("good"), tmp_path)
+    assert Server.asked == [None, "bytes=300000-"]
+    assert (tmp_path / "folder" / "good").read_bytes() == CONTENT
+
+
 def test_a_server_that_knows_no_ranges_starts_anew(file, tmp_path):
     assert fetch.fetch(file("no-ranges"), tmp_path)
     assert (tmp_path / "folder" / "no-ranges").read_bytes() == CONTENT
@@ -118,6 +136,20 @@ def test_what_is_not_the_file_gets_no_name(file, tmp_path, path, values, reason)
     assert not list((tmp_path / "folder").iterdir())
 
 
+@pytest.mark.parametrize("make, reason", [
+    (lambda part: part.mkdir(), "Is a directory"),
+    (lambda part: part.symlink_to("/dev/full"), "No space left on device"),
+])  # fmt: skip
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_what_can_not_be_written_is_told_at_once(file, tmp_path, make, reason, capsys):
+    (tmp_path / "folder").mkdir()
+    part = tmp_path / "folder" / "good.part"
+    make(part)
+    with pytest.raises(OSError, match=rf"cannot write {part} \({reason}\); make room there, or"):
+        fetch.fetch(file("good"), tmp_path)
+    assert len(Server.asked) == 1 and "127.0.0.1" not in capsys.readouterr().err
+
+
 def test_fewer_bytes_than_promised_are_kept_for_the_next_time(file, tmp_path):
     with pytest.raises(OSError, match="run this again"):
         fetch.fetch(file("too-short"), tmp_path)
@@ -135,6 +167,17 @@ def test_the_list_names_every_file_and_a_stage_needs_its_own(capsys):
     assert eva - clip == {"eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"}
     assert clip - eva == {"clip_vit_L.pth", "blip2_pretrained_vitL.pth"}
     assert "phi-2/vocab.json" in eva
+
+
+def test_what_is_to_be_fetched_by_hand_is_only_listed(capsys):
+    files = json.loads(fetch.FILES.read_text("utf-8"))
+    (by_hand,) = [file for file in files if file.get("by_hand")]
+    assert by_hand["path"] == "prerained_minigpt4_7b.pth"
+    assert fetch.main([]) == 0
+    listed = capsys.readouterr().out
+    (line,) = [line for line in listed.splitlines() if line.startswith(by_hand["path"])]
+    assert "(size unknown; stages 1; to be fetched by hand): MiniGPT-4's projection" in line
+    assert all(by_hand not in fetch.needed(files, stage, "eva") for stage in (1, 2, 3, 4))
 
 
 def test_the_command_line(file, tmp_path, monkeypatch, capsys):

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from official.checkpoints import in_dtype, release, save_checkpoint
 import train
 from golden_case import Case, full_config, full_weights, qformer_config
 from model import ModelConfig, TinyGPTV, is_trainable
-from official import export, load
+from official import checkpoints, export, load
+from official.checkpoints import in_dtype, release, save_checkpoint
 from official.export import export_checkpoint
-from official.load import open_official, open_weights
+from official.load import Filling, open_official, open_weights
 from official.weights import by_blocks, from_official, to_official
+from test_fuzz import forget_peak, memory
 from vision import VisionConfig
 
 EVA, QFORMER, PHI, STAGE = (
@@ -212,13 +213,24 @@ def test_stage_1_has_another_prefix_and_no_lora(case, folder):
     assert_same(model.state_dict(), begun(expected_state(case, lora=False)))
 
 
-def test_the_first_release_of_stage_4_brings_its_own_qformer(case, folder):
+def manifest_keys(golden):
+    """The names in the first release of stage 4."""
+    path = golden / "manifests" / "TinyGPT-V_for_Stage4.pth.older_code.json"
+    return json.loads(path.read_text())["keys"]
+
+
+def test_the_first_release_of_stage_4_brings_its_own_qformer(
+    case, folder, golden, tmp_path_factory
+):  # fmt: skip
     weights, config = full_weights(case), full_config(case, 4)
     own = {n: t + 1 for n, t in weights.items() if re.match("Qformer|query_tokens", n)}
     tensors = checkpoint_file(case) | own
     del tensors["llama_model.base_model.model.model.final_layernorm.weight"]
     torch.save(runner_file(tensors), folder / STAGE)
     expected = expected_state(case) | from_official(own, config)[0]
+    assert {n for n in manifest_keys(golden) if "Qformer" not in n and "llama" not in n} == {
+        "query_tokens"
+    }  # no ln_vision
     model = load_small(case, folder)
     assert_same(model.state_dict(), begun(expected))
     assert "the Q-Former, 2 tensors loaded" in model.load_report  # ln_vision is BLIP-2's
@@ -228,6 +240,18 @@ def test_the_first_release_of_stage_4_brings_its_own_qformer(case, folder):
     exported = torch.load(folder / "out.pth", weights_only=True)["model"]
     assert set(exported) >= set(tensors)
     assert all(torch.equal(exported[n], t) for n, t in tensors.items() if t.is_floating_point())
+
+    run = tmp_path_factory.mktemp("runs") / "stage4"  # the same, saved in our own format
+    save_checkpoint(model, run)
+    for path, query_tokens in ((folder / STAGE, "query_tokens"),
+                               (run / "model.safetensors", "qformer.query_tokens")):  # fmt: skip
+        change(path, drop(query_tokens))
+    (folder / "out.pth").unlink()
+    reason = r"lacks qformer.query_tokens \(officially query_tokens\), though it brings a Q-Former"
+    with pytest.raises(ValueError, match=f"Stage4.pth {reason} of its own; fetch it again"):
+        load_small(case, folder)
+    with pytest.raises(ValueError, match="stage4.*: 1 tensors are missing, first qformer.query_"):
+        TinyGPTV.from_pretrained(run)
 
 
 def test_without_a_checkpoint_the_new_parts_are_as_training_begins(case, folder):
@@ -353,6 +377,9 @@ def test_what_was_trained_on_top_loads_again_and_is_exported(
     run = tmp_path_factory.mktemp("runs") / "stage4"
     save_checkpoint(model, run)
     again = TinyGPTV.from_pretrained(run, dtype=torch.float32)
+    total = sum(p.numel() for p in model.parameters())
+    assert f"\nstage 4: {total:,} parameters, every one accounted for; " in again.load_report
+    assert "nonsense" not in again.load_report
     assert_same(again.state_dict(), model.state_dict())
     assert again.carried == model.carried == set(from_official(own, model.config)[0])
     assert EVA in again.load_report and len(again.tokenizer) == 50295
@@ -407,7 +434,7 @@ def test_pickles_of_more_than_tensors_are_not_opened(tmp_path, capsys, write):
 
 
 @pytest.mark.parametrize("content, reason", [
-    (b"", r"\(0 bytes\) is damaged or cut off"),
+    (b"", r"\(0 bytes\) is .*damaged or cut off"),
     (b"<!DOCTYPE html><html>404", r"\(24 bytes\) is a web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a git-lfs pointer"),
     (b"PK\x03\x04 not much of an archive", "is damaged or cut off"),
@@ -481,10 +508,18 @@ LORA = "llama_model.base_model.model.model.layers.0.self_attn.query_key_value.lo
 
 
 @pytest.mark.parametrize("file, edit, reason", [
-    (EVA, drop("blocks.0.norm1.weight"), "no file holds visual_encoder.blocks.0.norm1.weight"),
-    (QFORMER, drop("query_tokens"), "no file holds qformer.query_tokens"),
-    (STAGE, drop(LORA), "Stage4.pth lacks phi.layers.0.self_attn.qkv.lora_B.weight"),
-    (STAGE, drop("llama_proj2.bias"), "Stage4.pth lacks projector.fc2.bias"),
+    (EVA, drop("blocks.0.norm1.weight"),
+     r"no file holds visual_encoder.blocks.0.norm1.weight \(officially blocks.0.norm1.weight\), "
+     r"shape \(24,\); it belongs in .*eva_vit_g.pth; fetch it again"),
+    (QFORMER, drop("query_tokens"),
+     r"no file holds qformer.query_tokens \(officially query_tokens\), .* in .*flant5xxl.pth; fe"),
+    (f"{PHI}/{SHARD}", drop("model.layers.0.mlp.fc1.weight"),
+     r"no file holds phi.layers.0.mlp.fc1.weight \(officially model.layers.0.mlp.fc1.weight\), .*"
+     "belongs in .*00001-of-00002.safetensors or .*00002-of-00002.safetensors; fetch it again"),
+    (STAGE, drop(LORA),
+     rf"Stage4.pth lacks phi.layers.0.self_attn.qkv.lora_B.weight \(officially {LORA}\), which "
+     "every stage trains; fetch it again"),
+    (STAGE, drop("llama_proj2.bias"), r"lacks projector.fc2.bias \(officially llama_proj2.bias\)"),
     (STAGE, drop("llama_model.base_model.model.model.layers.0.input_layernorm.weight"),
      "Stage4.pth lacks phi.layers.0.input_layernorm.weight"),
     (EVA, put("blocks.0.attn.extra", torch.ones(1)), "g.pth: unexpected tensor .*attn.extra"),
@@ -494,12 +529,15 @@ LORA = "llama_model.base_model.model.model.layers.0.self_attn.query_key_value.lo
      r"g.pth: blocks.0.norm1.weight has shape \(3,\), the model needs \(24,\)"),
     (STAGE, put("llama_proj.bias", torch.ones(1, 28)),
      r"Stage4.pth: llama_proj.bias has shape \(1, 28\), the model needs \(28,\)"),
-    (STAGE, put(LORA, torch.ones(3, 2)), r"Stage4.pth: shapes that do not fit .*B.weight \(3, 2\)"),
+    (STAGE, put(LORA, torch.ones(3, 2)), 
+     r"Stage4.pth: .*lora_B.weight has shape \(3, 2\), the model needs \(36, 2\)"),
     (f"{PHI}/{SHARD}", put("model.layers.0.self_attn.v_proj.weight", torch.ones(3, 4)),
-     r"safetensors: shapes that do not fit .*v_proj.weight \(3, 4\)"),
+     r"safetensors: .*q_proj.weight \(12, 12\), .*v_proj.weight \(3, 4\) should have one shape"),
     (f"{PHI}/model-00002-of-00002.safetensors",
      put("model.layers.0.self_attn.v_proj.bias", torch.ones(3)),
-     r"safetensors: .*v_proj.bias.* has shape \(27,\), the model needs \(36,\)"),
+     r"safetensors: .*q_proj.bias \(12,\), .*v_proj.bias \(3,\) should have one shape"),
+    (f"{PHI}/{SHARD}", put("model.embed_tokens.weight", torch.ones(3, 4)),
+     r"embed_tokens.weight has shape \(3, 4\), the model needs \(\d+, 12\)"),
     (STAGE, put("llama_proj.bias", torch.ones(28, dtype=torch.int8)),
      "Stage4.pth: llama_proj.bias holds torch.int8, not floating-point numbers"),
     (EVA, spoil("pos_embed", float("nan")), "g.pth: pos_embed holds NaN or infinity"),
@@ -511,6 +549,48 @@ LORA = "llama_model.base_model.model.model.layers.0.self_attn.query_key_value.lo
 def test_tensors_that_are_not_as_they_must_be(case, folder, file, edit, reason):
     change(folder / file, edit)
     with pytest.raises(ValueError, match=reason):
+        load_small(case, folder)
+
+
+@pytest.mark.parametrize("width", [4096, 5120])
+def test_the_projection_of_a_larger_minigpt_4_is_refused(width, tmp_path):
+    """A model before stage 1 takes that for Vicuna-7B; the one for Vicuna-13B is too wide."""
+    path = tmp_path / "prerained_minigpt4.pth"
+    tensors = {"llama_proj.weight": torch.ones(width, 768), "llama_proj.bias": torch.ones(width)}
+    torch.save(runner_file(tensors), path)
+    with torch.device("meta"):
+        model = TinyGPTV(ModelConfig.preset("full", 0))
+    taken = Filling(model, "cpu", copy=False).take([open_weights(path)])
+    if width == 4096:
+        assert dict(taken)["projector.fc1.weight"].shape == (4096, 768)
+        return
+    reason = r"weight has shape \(5120, 768\), the model needs \(4096, 768\); fetch it again"
+    with pytest.raises(ValueError, match=reason):
+        list(taken)
+
+
+@pytest.mark.parametrize("where, error", [
+    ((load, "check_tensor"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    ((torch, "load"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")),
+    ((checkpoints, "load_file"), MemoryError()),
+])  # fmt: skip
+def test_a_lack_of_memory_is_no_damage(case, folder, golden, where, error, monkeypatch, refusal):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(load, "full_config", lambda *_: full_config(case, 4))
+    monkeypatch.setattr(*where, fail)
+    image = next((golden / "images").glob("*.png"))
+    assert "error: out of memory; use --dtype" in refusal(
+        generate.main, "--weights", folder, "--img", image
+    )
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(1.0), torch.ones(3, 2, 2), torch.ones(0, 2)])
+def test_rows_by_head_of_any_shape_are_told(case, folder, tensor):
+    change(folder / STAGE, put(LORA, tensor))
+    shape = re.escape(str(tuple(tensor.shape)))
+    with pytest.raises(ValueError, match=rf"has shape {shape}, the model needs \(36, 2\)"):
         load_small(case, folder)
 
 
@@ -606,12 +686,64 @@ def test_the_command_line_says_in_one_line_what_is_wrong(folder, golden, capsys)
     assert "eva_vit_g.pth (22 bytes) is a web page" in output.err
 
 
-def test_from_pretrained_knows_a_folder_of_official_files(case, folder, monkeypatch):
+@pytest.mark.parametrize("file, edit, reason", [
+    (EVA, drop("blocks.0.norm1.weight"), "no file holds .*blocks.0.norm1.weight.* in {path}; fe"),
+    (STAGE, drop(LORA), "{path} lacks .*officially llama_model.*lora_B.weight.*; fetch it again"),
+    (STAGE, put("llama_proj3.bias", torch.ones(1)),
+     "{path}: llama_proj3.bias is no tensor of TinyGPT-V; fetch it again"),
+    (EVA, put("blocks.0.norm1.weight", torch.ones(3)), "{path}: blocks.0.norm1.weight has shape "
+     r"\(3,\), the model needs \(24,\); fetch it again"),
+    (STAGE, put(LORA, torch.ones(3, 2)), r"{path}: llama_model.*lora_B.weight has shape \(3, 2\), "
+     r"the model needs \(36, 2\); fetch it again"),
+    (QFORMER, spoil("query_tokens", float("nan")), "{path}: query_tokens holds NaN or inf.*; fe"),
+])  # fmt: skip
+def test_the_command_line_names_file_and_tensor(
+    case, folder, golden, file, edit, reason, monkeypatch, refusal
+):  # fmt: skip
+    change(folder / file, edit)
+    monkeypatch.setattr(load, "full_config", lambda *_: full_config(case, 4))
+    image = next((golden / "images").glob("*.png"))
+    told = refusal(generate.main, "--weights", folder, "--img", image)
+    assert re.match("error: " + reason.replace("{path}", re.escape(str(folder / file))), told)
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_from_pretrained_knows_a_folder_of_official_files(case, folder, ending, monkeypatch):
     config = full_config(case, 4)
     monkeypatch.setattr(load, "full_config", lambda *_: config)
+    for file in (EVA, QFORMER, STAGE) if ending == ".safetensors" else ():
+        content = torch.load(folder / file)
+        tensors = {n: t.contiguous() for n, t in content.get("model", content).items()}
+        save_file(tensors, (folder / file).with_suffix(ending))
+        (folder / file).unlink()
     model = TinyGPTV.from_pretrained(folder)
     assert model.phi.lm_head.weight.dtype == torch.bfloat16
     assert len(model.tokenizer) == 50295 and isinstance(model.config, ModelConfig)
+
+
+def test_an_incomplete_folder_is_told_what_to_do(folder):
+    for file in (EVA, QFORMER, STAGE):
+        (folder / file).unlink()
+    advice = f"python official/fetch.py --out {folder}"
+    with pytest.raises(FileNotFoundError, match=f"holds no file of EVA's ViT; .*: {advice}"):
+        TinyGPTV.from_pretrained(folder)
+    shutil.rmtree(folder / PHI)
+    with pytest.raises(FileNotFoundError, match=f"stages found: none; get .* with {advice}"):
+        TinyGPTV.from_pretrained(folder)
+
+
+@pytest.mark.skipif(not memory("VmHWM"), reason="memory is read from /proc")
+def test_the_state_of_the_optimizer_stays_unread(case, folder):
+    """It is two thirds of a real checkpoint; here it is 100 MB, and nearly all of it."""
+    content = torch.load(folder / STAGE)
+    content["optimizer"] = {"state": {0: {"exp_avg": torch.ones(25, 2**20)}}, "param_groups": []}
+    torch.save(content, folder / STAGE)
+    del content
+    load_small(case, folder)  # imports and the like
+    before = memory("VmRSS")
+    forget_peak()
+    load_small(case, folder)
+    assert memory("VmHWM") - before < 50
 
 
 def test_fp16_becomes_bf16_as_torch_has_it():

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import generate
 import quantize
@@ -180,3 +181,60 @@ def test_a_server_that_does_not_say_how_long(length, tmp_path, file, monkeypatch
     )
     with pytest.raises(ValueError, match="does not say how long the file is"):
         fetch.fetch(file("good"), tmp_path)
+
+
+# ---- our own weights ----
+
+
+def rewrite(edit):
+    """Edits the tensors of a safetensors file in place."""
+
+    def change(path):
+        tensors = load_file(path)
+        edit(tensors)
+        save_file(tensors, path)
+
+    return change
+
+
+@pytest.mark.parametrize("file, change, reason", [
+    ("phi.safetensors", Path.unlink, "is missing"),
+    ("phi.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]),
+     "is not a safetensors file, or is damaged or cut off (Error"),
+    ("phi.safetensors", lambda path: path.write_text("<html>"), "(6 bytes) is a web page, not"),
+    ("phi.safetensors", rewrite(lambda tensors: tensors.pop("lm_head.bias")),
+     ": 1 tensors are missing, first phi.lm_head.bias"),
+    ("phi.safetensors", rewrite(lambda tensors: tensors.update(a=torch.ones(1))),
+     ": unexpected tensor phi.a"),
+    ("phi.safetensors", rewrite(lambda tensors: tensors.update({"lm_head.bias": torch.ones(1)})),
+     ": phi.lm_head.bias has shape (1,), the model needs (260,)"),
+    ("phi.safetensors", rewrite(lambda tensors: tensors["lm_head.bias"].fill_(float("inf"))),
+     ": phi.lm_head.bias holds NaN or infinity"),
+    ("phi.safetensors", rewrite(lambda t: t.update({"lm_head.bias": t["lm_head.bias"].int()})),
+     ": phi.lm_head.bias holds torch.int32, not floating-point numbers"),
+    ("stage4/config.json", lambda path: path.write_text("{}"), "does not describe a model"),
+])  # fmt: skip
+def test_what_is_wrong_with_our_own_files_ends_in_advice(
+    file, change, reason, weights, drawing, refusal
+):  # fmt: skip
+    change(weights / file)
+    told = refusal(generate.main, "--weights", weights, "--img", drawing)
+    assert told.startswith(f"error: {weights / 'stage4'}")
+    assert Path(file).name in told and reason in told
+    assert told.endswith("; make it again with train.py or quantize.py, or restore the miniature's "
+                         "with git\n")  # fmt: skip
+
+
+def test_a_stage_that_is_not_there_ends_in_advice(weights, drawing, refusal):
+    told = refusal(generate.main, "--weights", weights, "--img", drawing, "--stage", "2")
+    assert told.endswith("no stage 2 in it; stages found: 4; choose one of them, or train it\n")
+
+
+def test_our_own_files_are_never_taken_for_official_ones(weights, drawing, refusal):
+    """A folder above a weights directory; backbones apart from every config.json."""
+    told = refusal(generate.main, "--weights", weights.parent, "--img", drawing)
+    assert "no checkpoint in it; stages found: none; get the official files with" in told
+    run = (weights / "stage4").rename(weights.parent / "run")
+    config = json.loads((run / "config.json").read_text()) | {"backbones": "../weights"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert TinyGPTV.from_pretrained(run).stage == 4

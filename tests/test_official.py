@@ -5,8 +5,9 @@ import functools
 import pytest
 import torch
 
+import train
 from golden_case import Case, full_config, full_weights
-from model import TinyGPTV
+from model import ModelConfig, TinyGPTV
 from official.weights import by_blocks, by_heads, from_official, phi_from_official, to_official
 
 
@@ -70,3 +71,25 @@ def test_a_split_projection_without_its_siblings_is_named():
     tensors = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
     with pytest.raises(ValueError, match="k_proj.weight is not"):
         phi_from_official(tensors, num_heads=2)
+
+
+@pytest.mark.parametrize("stage, total, trainable", [
+    (1, 3_884_473_728, "13,809,664 in 133 tensors"),
+    (2, 3_915_931_008, "45,266,944 in 261 tensors"),
+    (3, 3_915_931_008, "45,266,944 in 261 tensors"),
+    (4, 3_915_931_008, "45,266,944 in 261 tensors"),
+])  # fmt: skip
+def test_training_begins_with_the_official_numbers_of_parameters(stage, total, trainable):
+    """The official model of stage 4 has 1,081,344 more, because it keeps the positions of the
+    larger picture, which are computed here from those of the smaller one."""
+    with torch.device("meta"):
+        model = TinyGPTV(ModelConfig.preset("full", stage))
+    train.set_trainable(model)
+    qformer, projector = 2_816 + 105_137_664 + 24_576, 3_149_824 + 10_488_320
+    phi = 2_779_776_000 + (31_457_280 if stage > 1 else 0)  # with the new norms, and LoRA
+    assert total == 985_894_528 + qformer + projector + phi
+    assert train.summary(model, 5, [3], "bf16") == (
+        f"visual_encoder 985,894,528 + qformer {qformer:,} + projector {projector:,} + phi {phi:,} "
+        f"= {total:,} parameters, of which {trainable} learn; 5 steps of 3 samples "
+        f"at {448 if stage == 4 else 224} pixels, products in bf16"
+    )
