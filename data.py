@@ -262,8 +262,6 @@ POOLS = {  # the official wordings; "detail" is MiniGPT-4's prompts/alignment.tx
 
 def instruction(task: str, text: str = "", rng: random.Random | None = None) -> str:
     """`text` in the words of its task and with its tag; without rng always in the same words."""
-    if IMAGE_PLACEHOLDER in text:
-        raise ValueError(f"{IMAGE_PLACEHOLDER} stands for a picture and cannot be part of a text")
     fixed = 1 if task in ("refer", "identify") else 0  # 0 would be the bare phrase
     words = (rng.choice(POOLS[task]) if rng else POOLS[task][fixed]).format(text)
     return words if task in ("detail", "instruct", "chat") else f"[{task}] {words}"
@@ -292,6 +290,8 @@ def check_request(task: str, text: str, stage: int) -> None:
     textless = "caption" in EXAMPLES[task]  # what such a record needs is an answer alone
     if bool(text.strip()) == textless:
         raise ValueError(f"task {task} {'takes no' if textless else 'needs a'} text")
+    if IMAGE_PLACEHOLDER in text:
+        raise ValueError(f"{IMAGE_PLACEHOLDER} stands for a picture and cannot be part of a text")
     if stage <= 2 and task not in ("caption", "detail"):
         raise ValueError(f"stage {stage} only learns to caption; task {task} needs stage 3 or 4")
     if task == "identify" and len(parse_boxes(text)[0]) != 1:
@@ -307,7 +307,7 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
     check_request(task, text, stage)
     if stage == 3 and task == "caption":
         task = "detail"  # stage 3 knows no other request for a description
-    if task in ("vqa", "refer") and not official and IMAGE_PLACEHOLDER not in text:
+    if task in ("vqa", "refer") and not official:
         if len(text.split()) > 50:
             warnings.warn("only the first 50 words of what was asked count, as in training")
         text = caption_text(text)
