@@ -303,6 +303,7 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
 
     text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
     grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
+    Raises what `check_request` does, and warns where only a part of a text counts.
     """
     check_request(task, text, stage)
     if stage == 3 and task == "caption":
@@ -448,7 +449,8 @@ def make_sample(
     """Prompts and answers of a record in its stage. size: (width, height) of its picture, if any.
 
     As in the official data, `caption_text` is applied to captions, to questions and answers about
-    pictures and to phrases, not to long or grounded descriptions nor to conversations.
+    pictures and to phrases, not to long or grounded descriptions nor to conversations. Raises
+    ValueError for a task that the stage has none of, and for a box outside the picture.
     """
     task, image = record["task"], size is not None
     if stage <= 2 and task not in ("caption", "detail"):
@@ -462,7 +464,8 @@ def make_sample(
 def plain_turns(
     record: dict, stage: int, rng: random.Random, size: tuple[int, int] | None = None
 ) -> Turns:
-    """Questions and answers of `make_sample`, tagged, but not yet in the stage's template."""
+    """Questions and answers of `make_sample`, tagged, but not yet in the stage's template. Raises
+    ValueError for a box outside the picture."""
     task = record["task"]
     if task == "chat":
         return [(instruction(task, question), answer) for question, answer in record["turns"]]
@@ -545,7 +548,8 @@ class Encoding(NamedTuple):
 def encode_text(
     record: dict, size: tuple[int, int] | None, rng: random.Random, encoding: Encoding
 ) -> dict:
-    """`encode_sample` of a record. size: (width, height) of its picture, if any."""
+    """`encode_sample` of a record. size: (width, height) of its picture, if any. Raises what that
+    and `make_sample` do."""
     stage, tokenizer, _, num_queries, max_length = encoding
     turns = make_sample(record, stage, rng, size)
     _, end_sym, max_txt_len = STAGES[stage]
@@ -558,7 +562,8 @@ def encode_text(
 def encode_record(
     record: dict, image: Image.Image | None, rng: random.Random, encoding: Encoding
 ) -> dict:
-    """`encode_text` of a record, with pixel_values (1, 3, S, S) if it has a picture."""
+    """`encode_text` of a record, and raises what that does; with pixel_values (1, 3, S, S) if it
+    has a picture."""
     if image is None:
         return encode_text(record, None, rng, encoding)
     row = encode_text(record, image.size, rng, encoding)
@@ -618,7 +623,8 @@ class RecordDataset(Dataset):
 
 
 def usable_row(row_of: Callable[[int], dict], positions: Sequence[int]) -> dict:
-    """The row of the first position that has one; its "skipped" says why those before have not."""
+    """The row of the first position that has one; its "skipped" says why those before have not:
+    what ValueError row_of raised. Raises it, too, if none has one."""
     skipped: list[str] = []
     for position in positions:
         try:

@@ -57,6 +57,7 @@ class PhiConfig:
 
     @property
     def head_dim(self) -> int:
+        """How many channels each head has."""
         return self.hidden_size // self.num_heads
 
     @property
