@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -66,11 +66,20 @@ def load_image(path: str | Path | BinaryIO) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                    raise ValueError(f"{image.width}x{image.height} pixels are too many to decode")
+                    raise Image.DecompressionBombError  # as Pillow, which allows more, does
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        reason = getattr(error, "strerror", None) or error
+        reason = _why_unreadable(error)
         raise ValueError(printable(f"cannot read the image {path}: {reason}")) from error
+
+
+def _why_unreadable(error: Exception) -> object:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no picture in a format that is read here ({', '.join(PICTURE_FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return (f"it has too many pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} a "
+                "side: make it smaller")  # fmt: skip
+    return getattr(error, "strerror", None) or error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
