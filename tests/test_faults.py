@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,7 @@ COVERED = """
     test_generate.py::test_mistakes_are_one_line
 20 overflow in fp16
     test_faults.py::test_norms_keep_fp16_from_overflowing
+    test_faults.py::test_products_in_fp16_on_a_cpu_bring_a_warning
     test_train.py::test_a_short_run_from_the_shipped_backbones
 21 a loss or gradient that is no number
     test_run.py::test_a_step_without_finite_loss_changes_nothing
@@ -392,6 +394,16 @@ def test_norms_keep_fp16_from_overflowing(qk_norm):
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         attention(x, cos_sin, mask, maps=maps)
     assert maps[0].isfinite().all() == qk_norm
+
+
+def test_products_in_fp16_on_a_cpu_bring_a_warning(small):
+    """The command line refuses them. The fp16 embeddings of int8 are looked up, not multiplied."""
+    with pytest.warns(UserWarning, match="a CPU multiplies fp16 very slowly; use bf16 or fp32"):
+        TinyGPTV.from_pretrained(small, dtype=torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype, int8 in ((None, False), (torch.bfloat16, False), (None, True)):
+            TinyGPTV.from_pretrained(small, dtype=dtype, int8=int8)
 
 
 # ---- prompts (28) ----
