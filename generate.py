@@ -196,8 +196,8 @@ def generate_ids(
             hidden = phi(inputs_embeds, mask, position_ids, cache)
             scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
         if scores.isnan().any():
-            raise ValueError("the model's scores are no numbers; its products may be too large for "
-                             "fp16: use bf16 or fp32")  # fmt: skip
+            raise ValueError("the model's scores are no numbers: its products are too large for "
+                             "fp16 (use bf16 or fp32), or its weights damaged")  # fmt: skip
         scores[:, num_ids or scores.shape[1] :] = float("-inf")
         scores = process_scores(scores, ids, sampling)
         if sampling.temperature == 0:

@@ -325,7 +325,7 @@ def test_a_prompt_for_every_picture(model, image):
 def test_scores_that_are_no_numbers_are_told(model, image):
     with torch.no_grad():
         model.phi.final_layernorm.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="scores are no numbers"):
+    with pytest.raises(ValueError, match="scores are no numbers: .* or its weights damaged"):
         answer(model, [image], PROMPTS[:1])
 
 
