@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -66,11 +66,20 @@ def load_image(path: str | Path | BinaryIO) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                    raise ValueError(f"{image.width}x{image.height} pixels are too many to decode")
+                    raise Image.DecompressionBombError  # as Pillow, which allows more, does
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        reason = getattr(error, "strerror", None) or error
+        reason = _why_unreadable(error)
         raise ValueError(printable(f"cannot read the image {path}: {reason}")) from error
+
+
+def _why_unreadable(error: Exception) -> object:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no picture in a format that is read here ({', '.join(PICTURE_FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return (f"it has too many pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} a "
+                "side: make it smaller")  # fmt: skip
+    return getattr(error, "strerror", None) or error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -262,8 +271,6 @@ POOLS = {  # the official wordings; "detail" is MiniGPT-4's prompts/alignment.tx
 
 def instruction(task: str, text: str = "", rng: random.Random | None = None) -> str:
     """`text` in the words of its task and with its tag; without rng always in the same words."""
-    if IMAGE_PLACEHOLDER in text:
-        raise ValueError(f"{IMAGE_PLACEHOLDER} stands for a picture and cannot be part of a text")
     fixed = 1 if task in ("refer", "identify") else 0  # 0 would be the bare phrase
     words = (rng.choice(POOLS[task]) if rng else POOLS[task][fixed]).format(text)
     return words if task in ("detail", "instruct", "chat") else f"[{task}] {words}"
@@ -292,6 +299,8 @@ def check_request(task: str, text: str, stage: int) -> None:
     textless = "caption" in EXAMPLES[task]  # what such a record needs is an answer alone
     if bool(text.strip()) == textless:
         raise ValueError(f"task {task} {'takes no' if textless else 'needs a'} text")
+    if IMAGE_PLACEHOLDER in text:
+        raise ValueError(f"{IMAGE_PLACEHOLDER} stands for a picture and cannot be part of a text")
     if stage <= 2 and task not in ("caption", "detail"):
         raise ValueError(f"stage {stage} only learns to caption; task {task} needs stage 3 or 4")
     if task == "identify" and len(parse_boxes(text)[0]) != 1:
@@ -303,11 +312,12 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
 
     text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
     grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
+    Raises what `check_request` does, and warns where only a part of a text counts.
     """
     check_request(task, text, stage)
     if stage == 3 and task == "caption":
         task = "detail"  # stage 3 knows no other request for a description
-    if task in ("vqa", "refer") and not official and IMAGE_PLACEHOLDER not in text:
+    if task in ("vqa", "refer") and not official:
         if len(text.split()) > 50:
             warnings.warn("only the first 50 words of what was asked count, as in training")
         text = caption_text(text)
@@ -448,7 +458,8 @@ def make_sample(
     """Prompts and answers of a record in its stage. size: (width, height) of its picture, if any.
 
     As in the official data, `caption_text` is applied to captions, to questions and answers about
-    pictures and to phrases, not to long or grounded descriptions nor to conversations.
+    pictures and to phrases, not to long or grounded descriptions nor to conversations. Raises
+    ValueError for a task that the stage has none of, and for a box outside the picture.
     """
     task, image = record["task"], size is not None
     if stage <= 2 and task not in ("caption", "detail"):
@@ -462,7 +473,8 @@ def make_sample(
 def plain_turns(
     record: dict, stage: int, rng: random.Random, size: tuple[int, int] | None = None
 ) -> Turns:
-    """Questions and answers of `make_sample`, tagged, but not yet in the stage's template."""
+    """Questions and answers of `make_sample`, tagged, but not yet in the stage's template. Raises
+    ValueError for a box outside the picture."""
     task = record["task"]
     if task == "chat":
         return [(instruction(task, question), answer) for question, answer in record["turns"]]
@@ -545,7 +557,8 @@ class Encoding(NamedTuple):
 def encode_text(
     record: dict, size: tuple[int, int] | None, rng: random.Random, encoding: Encoding
 ) -> dict:
-    """`encode_sample` of a record. size: (width, height) of its picture, if any."""
+    """`encode_sample` of a record. size: (width, height) of its picture, if any. Raises what that
+    and `make_sample` do."""
     stage, tokenizer, _, num_queries, max_length = encoding
     turns = make_sample(record, stage, rng, size)
     _, end_sym, max_txt_len = STAGES[stage]
@@ -558,7 +571,8 @@ def encode_text(
 def encode_record(
     record: dict, image: Image.Image | None, rng: random.Random, encoding: Encoding
 ) -> dict:
-    """`encode_text` of a record, with pixel_values (1, 3, S, S) if it has a picture."""
+    """`encode_text` of a record, and raises what that does; with pixel_values (1, 3, S, S) if it
+    has a picture."""
     if image is None:
         return encode_text(record, None, rng, encoding)
     row = encode_text(record, image.size, rng, encoding)
@@ -618,7 +632,8 @@ class RecordDataset(Dataset):
 
 
 def usable_row(row_of: Callable[[int], dict], positions: Sequence[int]) -> dict:
-    """The row of the first position that has one; its "skipped" says why those before have not."""
+    """The row of the first position that has one; its "skipped" says why those before have not:
+    what ValueError row_of raised. Raises it, too, if none has one."""
     skipped: list[str] = []
     for position in positions:
         try:

@@ -94,7 +94,8 @@ def process_scores(scores: Tensor, history: Tensor, sampling: Sampling) -> Tenso
     They are divided by the temperature: below 1 the probable ids become more probable still, above
     1 all become more alike.
     """
-    scores = penalize_repetition(scores, history, sampling.repetition_penalty)
+    if sampling.repetition_penalty != 1:
+        scores = penalize_repetition(scores, history, sampling.repetition_penalty)
     if sampling.temperature > 0:
         scores = scores / sampling.temperature
         if sampling.top_k > 0:
@@ -195,8 +196,8 @@ def generate_ids(
             hidden = phi(inputs_embeds, mask, position_ids, cache)
             scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
         if scores.isnan().any():
-            raise ValueError("the model's scores are no numbers; its products may be too large for "
-                             "fp16: use bf16 or fp32")  # fmt: skip
+            raise ValueError("the model's scores are no numbers: its products are too large for "
+                             "fp16 (use bf16 or fp32), or its weights damaged")  # fmt: skip
         scores[:, num_ids or scores.shape[1] :] = float("-inf")
         scores = process_scores(scores, ids, sampling)
         if sampling.temperature == 0:
@@ -235,12 +236,12 @@ def prepare(
 
     image_embeds: all their pictures, encoded; num_images: how many are whose, as many as each has
     <ImageHere>. Each prompt begins with BOS, as in training, but not if `official`: the official
-    demo and benchmarks leave it out.
+    demo and benchmarks leave it out. Raises ValueError unless every prompt has its pictures.
     """
     tokenizer, num_queries = model.tokenizer, model.config.qformer.num_queries
     bos = [] if official else [tokenizer.bos_token_id]
-    rows = [bos + encode_prompt(prompt, tokenizer, num_queries, number)
-            for prompt, number in zip(prompts, num_images, strict=True)]  # fmt: skip
+    rows = [bos + encode_prompt(prompt, tokenizer, num_queries, count)
+            for prompt, count in zip(prompts, num_images, strict=True)]  # fmt: skip
     batch = left_pad_collate(rows, tokenizer.pad_token_id)
     device = model.phi.lm_head.weight.device
     inputs_embeds = model.phi.embed(batch["input_ids"].to(device), image_embeds)
@@ -252,7 +253,8 @@ def stream_answers(
     sampling: Sampling = Sampling(), history: Tensor | None = None,
 ) -> Iterator[list[str]]:  # fmt: skip
     """Generates for a batch of `prepare` until every answer is finished; yields, token by token,
-    what is new in each. Those that can't be finished are closed as cut, with a warning."""
+    what is new in each. Those that can't be finished are closed as cut; a warning follows their
+    last pieces. Raises what `generate_ids` does."""
     num_ids = len(model.tokenizer)
     stream = generate_ids(model.phi, *batch, max_new_tokens, sampling, num_ids, history)
     for steps, (ids, _) in enumerate(stream, 1):
@@ -262,8 +264,8 @@ def stream_answers(
     cut = sum(not answer.finished for answer in answers)
     positions = model.phi.config.max_position_embeddings
     limit = "max_new_tokens" if steps == max_new_tokens else f"the model's {positions} positions"
-    warnings.warn(f"{cut} of {len(answers)} answers cut after {steps} tokens, because of {limit}")
     yield [answer.close() for answer in answers]
+    warnings.warn(f"{cut} of {len(answers)} answers cut after {steps} tokens, because of {limit}")
 
 
 def start_answers(
@@ -271,16 +273,16 @@ def start_answers(
     prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, official: bool = False,
 ) -> tuple[list[Answer], Iterator[list[str]]]:  # fmt: skip
     """The answers to prompts, empty as yet, and the stream that fills them: `generate` tells of
-    the arguments, and `prepare` of num_images."""
+    the arguments, and `prepare` of num_images and of what it raises."""
     tokenizer = model.tokenizer
     image_embeds = images if isinstance(images, Tensor) else encode_images(model, images)
     batch = prepare(model, image_embeds, num_images, prompts, official)
-    # The official benchmarks pass over "###" and end at id 2, "#", meant for another vocabulary.
+    stop, stop_id = STAGES[max(1, model.stage)].end_sym, -1  # before stage 1: as after it
+    if official:  # the benchmarks pass over "###" and end at "#": id 2, of another vocabulary
+        stop, stop_id = "", tokenizer.encode("#")[0]
     # They penalise a BOS that was never fed as if it had been said.
-    end_sym = STAGES[max(1, model.stage)].end_sym  # before stage 1: as after it
-    stop = ("", tokenizer.encode("#")[0]) if official else (end_sym,)
     history = batch[1].new_full((len(prompts), int(official)), tokenizer.bos_token_id)
-    answers = [Answer(tokenizer, *stop) for _ in prompts]
+    answers = [Answer(tokenizer, stop, stop_id) for _ in prompts]
     return answers, stream_answers(model, batch, answers, max_new_tokens, sampling, history)
 
 
@@ -296,8 +298,9 @@ def generate(
     official: prompt without BOS and stop as the official benchmarks do. Raises ValueError when
     prompt and pictures do not fit together or exceed the model's positions.
     """
-    number = [len(images)]
-    _, stream = start_answers(model, images, number, [prompt], sampling, max_new_tokens, official)
+    _, stream = start_answers(
+        model, images, [len(images)], [prompt], sampling, max_new_tokens, official
+    )
     for (piece,) in stream:
         if piece:
             yield piece
@@ -307,12 +310,12 @@ def answer(
     model: TinyGPTV, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str],
     sampling: Sampling = Sampling(), max_new_tokens: int = 120, official: bool = False,
 ) -> list[str]:  # fmt: skip
-    """The answers to a batch of prompts about one picture each; `generate` in all else."""
+    """The answers to a batch of prompts about one picture each; `generate` in all else. Raises
+    ValueError unless there are as many pictures as prompts, and where that does."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts about {len(images)} images; each needs one")
-    number = [1] * len(images)
     answers, stream = start_answers(
-        model, images, number, prompts, sampling, max_new_tokens, official
+        model, images, [1] * len(images), prompts, sampling, max_new_tokens, official
     )
     for _ in stream:
         pass  # the answers remember what they were told
@@ -321,7 +324,7 @@ def answer(
 
 # ---- command line ----
 ASK_FOR = {  # task: what --ask has to be
-    "caption": None, "grounding": None, "vqa": "a question", "refer": "a phrase",
+    "caption": None, "detail": None, "grounding": None, "vqa": "a question", "refer": "a phrase",
     "identify": "a box like {<10><20><50><60>}, in hundredths of the picture",
     "detection": "a phrase",
 }  # fmt: skip
@@ -354,11 +357,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse(argv)
 
 
-def asked_text(task: str, ask: str | None) -> str:
-    """What was asked, "" for nothing. Raises ValueError where the task needs something."""
+def request_of(task: str | None, ask: str | None) -> tuple[str, str]:
+    """--task and --ask with what is left out: a task, and "" if nothing is asked. Raises ValueError
+    where the task needs something."""
+    task = task or ("caption" if ask is None else "vqa")
     if ASK_FOR[task] and not (ask or "").strip():
         raise ValueError(f"--task {task} needs --ask with {ASK_FOR[task]}")
-    return ask or ""
+    return task, ask or ""
 
 
 def check_machine(device: str, dtype: str | None) -> None:
@@ -410,42 +415,44 @@ def as_json(path: Path, size: tuple[int, int], task: str, asked: str, answer: An
 def ask_about(
     model: TinyGPTV, arguments: argparse.Namespace, first: int, prompt: str, sampling: Sampling
 ) -> None:
-    """Asks about BATCH_SIZE pictures, those from number `first` on; prints and draws what it gets.
-    The answer about a single picture is printed as it comes."""
-    task, asked, total = arguments.task, arguments.ask, len(arguments.img)
-    paths = arguments.img[first : first + BATCH_SIZE]
-    images = [load_image(path) for path in paths]
+    """Asks about BATCH_SIZE pictures, those from number `first` on, and shows what it gets. The
+    answer about a single picture is printed as it comes."""
+    total = len(arguments.img)
+    images = [load_image(path) for path in arguments.img[first : first + BATCH_SIZE]]
+    num_images, prompts = [1] * len(images), [prompt] * len(images)
     maps: list[Tensor] = []
     image_embeds = encode_images(model, images, maps if arguments.attn else None)
-    number, prompts = [1] * len(images), [prompt] * len(images)
     answers, stream = start_answers(
-        model, image_embeds, number, prompts, sampling, arguments.max_new_tokens
+        model, image_embeds, num_images, prompts, sampling, arguments.max_new_tokens
     )
     for pieces in stream:
         if total == 1 and not arguments.json:
-            print(pieces[0], end="", flush=True)
-    for n, (path, image, answer) in enumerate(zip(paths, images, answers)):
-        said = answer.shown
-        if arguments.json:
-            print(as_json(path, image.size, task, asked, answer), flush=True)
-        else:
-            print("" if total == 1 else " ".join(said.split()), flush=True)
-        if arguments.draw:
-            draw_answer(image, numbered(arguments.draw, first + n, total), task, asked, said)
+            print(pieces[0], end="\n" * answers[0].finished, flush=True)
+    for n, (image, answer) in enumerate(zip(images, answers)):
+        show(arguments, first + n, image, answer)
         if arguments.attn:
-            out = numbered(arguments.attn, first + n, total)
-            words, attention = answer_attention(model, image_embeds[n : n + 1], prompt, said)
+            out, embeds = numbered(arguments.attn, first + n, total), image_embeds[n : n + 1]
+            words, attention = answer_attention(model, embeds, prompt, answer.shown)
             draw_attention(image, out, words, attention, maps[-1][n], arguments.attn_queries)
+
+
+def show(arguments: argparse.Namespace, number: int, image: Image.Image, answer: Answer) -> None:
+    """Prints an answer, unless that was done as it came, and draws its boxes. number: of the
+    picture, from 0."""
+    task, asked, total = arguments.task, arguments.ask, len(arguments.img)
+    if arguments.json:
+        print(as_json(arguments.img[number], image.size, task, asked, answer), flush=True)
+    elif total > 1:
+        print(" ".join(answer.shown.split()), flush=True)
+    if arguments.draw:
+        draw_answer(image, numbered(arguments.draw, number, total), task, asked, answer.shown)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answers a question, or as many as are asked. What can be checked is, before weights load."""
     check_options(arguments)
-    arguments.task = arguments.task or ("caption" if arguments.ask is None else "vqa")
-    if not arguments.chat:
-        arguments.ask = asked_text(arguments.task, arguments.ask)
-        stage = 4 if arguments.stage is None else arguments.stage
-        check_request(arguments.task, arguments.ask, stage)
+    arguments.task, arguments.ask = request_of(arguments.task, arguments.ask)
+    check_request(arguments.task, arguments.ask, arguments.stage or 4)
     sampling = Sampling(
         arguments.temperature, arguments.top_k, arguments.top_p,
         arguments.repetition_penalty, arguments.seed,

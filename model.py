@@ -14,6 +14,7 @@ written, official/checkpoints.py tells.
 """
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ class PhiConfig:
 
     @property
     def head_dim(self) -> int:
+        """How many channels each head has."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -470,15 +472,18 @@ class TinyGPTV(nn.Module):
         those `stage` picks one, the last by default, and 0 the backbones with a new projector. Or
         a folder with the official files (official/load.py), or what quantize.py has made of either.
         dtype: of the frozen linear maps and embeddings; fp32 by default, of official and quantized
-        weights half precision. int8: quantize while loading, an error if that is done already.
-        pack: make quantized weights ready for the CPU's int8 unit, which takes seconds; else they
-        are used where they lie in the file. Raises ValueError or FileNotFoundError, naming file and
-        tensor, unless every tensor is there, has its shape, is finite, and none is left over.
+        weights half precision; fp16 on a CPU brings a warning. int8: quantize while loading, an
+        error if that is done already. pack: make quantized weights ready for the CPU's int8 unit,
+        which takes seconds; else they are used where they lie in the file. Raises ValueError or
+        FileNotFoundError, naming file and tensor, unless every tensor is there, has its shape, is
+        finite, and none is left over.
         """
         # here, because that module is built on this one
         from official.checkpoints import collected, open_pretrained, open_quantized, release_all
 
         directory, device = Path(directory), str(device)
+        if dtype == torch.float16 and device == "cpu":
+            warnings.warn("a CPU multiplies fp16 very slowly; use bf16 or fp32")
         if int8:
             model, tensors = open_quantized(directory, stage)
             set_dtype(model, dtype or half_dtype(device))

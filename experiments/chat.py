@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data import IMAGE_PLACEHOLDER, POOLS, STAGES, encode_prompt, inference_prompt, load_image
 from experiments.pictures import check_picture_name, draw_answer
@@ -27,6 +28,10 @@ COMMANDS = """\
     /reset        forgets what was said
     /draw [FILE]  draws the boxes of the last answer on the picture (boxes.png)
     /quit         ends the chat, as Ctrl-D does; Ctrl-C ends an answer"""
+MISUSED = {
+    "/image": "needs the file of a picture, as in /image b.png",
+    "/reset": "takes nothing after it", "/quit": "takes nothing after it",
+}  # fmt: skip
 
 
 # A line without a tag is the task chat: it goes to the model as it is.
@@ -40,6 +45,8 @@ def parse_task(line: str) -> tuple[str, str]:
 
 
 class Turn(NamedTuple):
+    """A question that was answered."""
+
     line: str  # as typed
     prompt: str  # what the model reads of it
     answer: str
@@ -51,7 +58,7 @@ class Conversation:
     def __init__(
         self, model: TinyGPTV, image: Image.Image, sampling: Sampling, max_new_tokens: int
     ):
-        """max_new_tokens: of each answer."""
+        """max_new_tokens: of each answer. Raises ValueError for a stage that knows no questions."""
         if model.stage < 3:
             raise ValueError(f"stage {model.stage} only learns to caption; --chat needs 3 or 4")
         self.model, self.sampling, self.max_new_tokens = model, sampling, max_new_tokens
@@ -63,7 +70,8 @@ class Conversation:
         self.image, self.turns = image, []
 
     def prompt(self, line: str) -> str:
-        """A question in its template. Only the first one follows the picture."""
+        """A question in its template. Only the first one follows the picture. Raises ValueError
+        for one that can't be asked."""
         prompt = inference_prompt(*parse_task(line), self.model.stage)
         return prompt.replace(f"<Img>{IMAGE_PLACEHOLDER}</Img> ", "") if self.turns else prompt
 
@@ -80,27 +88,35 @@ class Conversation:
         return ids
 
     def ask(self, line: str, write: Callable[[str], None]) -> None:
-        """Hands the answer to `write`, piece by piece. An answer that is interrupted counts as far
-        as it was said. Raises ValueError for a question that can't be asked, or for which there are
-        no positions left."""
-        model, prompt = self.model, self.prompt(line)
-        ids = torch.tensor([self.input_ids(prompt)], device=self.image_embeds.device)
-        positions = model.phi.config.max_position_embeddings
-        if ids.shape[1] > positions:
-            raise ValueError(f"with this question, the conversation takes {ids.shape[1]} positions "
-                             f"and the model has {positions}; /reset forgets it")  # fmt: skip
-        with torch.inference_mode():
-            batch = model.phi.embed(ids, self.image_embeds), torch.ones_like(ids)
+        """Hands the answer to `write`, piece by piece, and a newline at its end; that alone if
+        there is no answer. One that is interrupted counts as far as it was said. Raises ValueError
+        for a question that can't be asked, or for which there are no positions left."""
+        model = self.model
         answer = Answer(model.tokenizer, STAGES[model.stage].end_sym)
-        stream = stream_answers(model, batch, [answer], self.max_new_tokens, self.sampling)
         try:
+            prompt = self.prompt(line)
+            batch = self.embedded(prompt)
+            stream = stream_answers(model, batch, [answer], self.max_new_tokens, self.sampling)
             for (piece,) in stream:
-                write(piece)
+                write(piece + "\n" * answer.finished)  # before a warning that it was cut
         finally:
+            if not answer.finished:
+                write("\n")
             if answer.shown:
                 self.turns.append(Turn(line, prompt, answer.shown))
         if not answer.shown:
             warnings.warn("the answer is empty; this question does not count as asked")
+
+    @torch.inference_mode()
+    def embedded(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """All that was said, and a new prompt, for `stream_answers`: inputs_embeds (1, T,
+        hidden_size) and attention_mask (1, T). Raises ValueError if there are fewer positions."""
+        ids = torch.tensor([self.input_ids(prompt)], device=self.image_embeds.device)
+        positions = self.model.phi.config.max_position_embeddings
+        if ids.shape[1] > positions:
+            raise ValueError(f"with this question, the conversation takes {ids.shape[1]} positions "
+                             f"and the model has {positions}; /reset forgets it")  # fmt: skip
+        return self.model.phi.embed(ids, self.image_embeds), torch.ones_like(ids)
 
 
 # ---- the terminal ----
@@ -136,22 +152,19 @@ def obey(conversation: Conversation, line: str) -> None:
         print(f"drawn: {path}", file=sys.stderr)
     elif command == "/draw":
         raise ValueError("/draw: there is no answer yet")
+    elif command in MISUSED:
+        raise ValueError(f"{command} {MISUSED[command]}")
     else:
         raise ValueError(f"{line}: no such command; there are\n{COMMANDS}")
 
 
-def reply(conversation: Conversation, line: str) -> None:
-    """Prints the answer as it comes; an empty line if there is none."""
-    try:
-        conversation.ask(line, lambda piece: print(piece, end="", flush=True))
-    finally:
-        print(flush=True)
-
-
 def chat(model: TinyGPTV, image: Image.Image, sampling: Sampling, max_new_tokens: int) -> None:
     """Answers each line of standard input by a line, or does what it says; a mistake is told and
-    the chat goes on. Ctrl-C ends an answer only."""
+    the chat goes on. Ctrl-C ends an answer only. Raises ValueError for a stage that knows no
+    questions."""
     conversation = Conversation(model, image, sampling, max_new_tokens)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text is no reason to end
     if sys.stdin.isatty():
         print(f"Ask about the picture.\n{COMMANDS}", file=sys.stderr)
     for line in read_lines():
@@ -159,7 +172,7 @@ def chat(model: TinyGPTV, image: Image.Image, sampling: Sampling, max_new_tokens
             if line.startswith("/"):
                 obey(conversation, line)
             else:
-                reply(conversation, line)
+                conversation.ask(line, lambda piece: print(piece, end="", flush=True))
         except KeyboardInterrupt:
             print("note: stopped", file=sys.stderr)
         except (ValueError, OSError) as error:

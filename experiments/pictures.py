@@ -95,6 +95,7 @@ class Cropped(list):
         self.place = (..., rows, columns)
 
     def append(self, attention_map: Tensor) -> None:
+        """Keeps a part of a map (B, heads, T, S), in fp32 and on the CPU."""
         super().append(attention_map[self.place].float().cpu())
 
 

@@ -217,6 +217,8 @@ def pairs(scene: world.Scene) -> Tensor:
 
 
 def language_batch(rows: list[dict], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """Rows of `language_row` as a batch: that of `data.collate`, and words (B, 32), looks (B, 4,
+    LOOKS), pairs (B, 4, 4, PAIRS), referred (B, T, 4) and compared (B, T, 2)."""
     batch = collate(rows, tokenizer.pad_token_id)
     for key in ("words", "looks", "pairs"):
         batch[key] = torch.stack([row[key] for row in rows])
@@ -244,6 +246,8 @@ class LanguageScenes(IterableDataset):
             yield language_batch(rows, self.tokenizer)
 
     def row(self, seed: int, number: int) -> dict:
+        """What is said of scene `seed` in batch `number`, labels on all of its text; turns that
+        would take it past ROW_TOKENS are left out."""
         most = 2 if number < self.easy else world.MAX_OBJECTS
         scene, rng = world.sample_scene(seed, "train", most), random.Random(seed)
         weights = FIRST_TASKS if number < self.first else LATER_TASKS

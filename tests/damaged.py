@@ -1,9 +1,14 @@
-"""A small model and a small picture as files, and random damage to files."""
+"""A small model and a small picture as files, and damage to files: at random, and of the kinds that
+pictures have."""
 
+import io
 import random
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from model import ModelConfig, TinyGPTV
@@ -63,3 +68,31 @@ def picture(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).ellipse((5, 5, 20, 20), "red")
     return image.convert(mode)
+
+
+def write_png_that_says(path: Path, width: int, height: int) -> None:
+    """A small picture whose header says that it has another size."""
+    picture().save(path, "PNG")
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+BAD_PICTURES = ("missing", "empty", "text", "folder", "cut", "bomb")
+
+
+def bad_picture(folder: Path, kind: str) -> Path:
+    """A picture in the folder that can't be read, of a kind of BAD_PICTURES."""
+    path = folder / f"{kind}.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    contents = {"empty": b"", "text": b"<html>not here</html>", "cut": file.getvalue()[:1500]}
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "bomb":  # it says that it has 400 million pixels
+        write_png_that_says(path, 20_000, 20_000)
+    elif kind in contents:
+        path.write_bytes(contents[kind])
+    return path

@@ -1,5 +1,6 @@
 """Attention from words through queries to the picture: its numbers, its place, its pictures."""
 
+import json
 import re
 from pathlib import Path
 
@@ -181,6 +182,16 @@ def test_words_and_queries_look_at_their_objects():
         assert part["share"] > times * part["chance"] and part["hottest"] > 0.5, (kind, part)
     assert result["queries"]["looks"] % 8 == 0 and result["caption"]["looks"] % 4 == 0
     assert result["refer"]["looks"] == 6
+
+
+@pytest.mark.slow
+def test_100_scenes_give_what_the_results_say():
+    result, kept = measured.measure(measured.Config()), json.loads(measured.RESULT.read_text())
+    assert result["n"] == kept["n"] == 100 and result["seed"] == kept["seed"]
+    for kind in ("caption", "refer", "queries"):
+        assert result[kind]["share"] > 3 * result[kind]["chance"]
+        assert result[kind] == pytest.approx(kept[kind], abs=1e-3)
+    assert result["share_by_choice"] == pytest.approx(kept["share_by_choice"], abs=1e-3)
 
 
 # ---- the command line ----

@@ -38,7 +38,7 @@ def conversation(miniature):
 def said(conversation, line):
     pieces = []
     conversation.ask(line, pieces.append)
-    return "".join(pieces)
+    return "".join(pieces).removesuffix("\n")
 
 
 # ---- turns ----
@@ -101,8 +101,8 @@ def test_an_answer_comes_in_pieces(conversation):
     pieces = []
     conversation.ask("[caption]", pieces.append)
     assert len([piece for piece in pieces if piece]) > 5
-    assert "".join(pieces) == conversation.turns[0].answer == (
-        "a large red solid star, a large green solid heart and a small blue outlined circle")
+    assert "".join(pieces) == conversation.turns[0].answer + "\n" == (
+        "a large red solid star, a large green solid heart and a small blue outlined circle\n")
 
 
 # ---- through a pipe ----
@@ -187,10 +187,38 @@ def test_too_long_a_history_is_told_and_nothing_is_dropped(talk, conversation):
     assert err[0].startswith("error: with this") and err[0].endswith("; /reset forgets it")
 
 
+def test_commands_that_exist_are_told_what_they_lack(talk):
+    code, out, err = talk("/image", "/image  ", "/reset now", "/quit now", COLOR)
+    assert (code, out) == (0, "red\n")
+    assert err == ["error: /image needs the file of a picture, as in /image b.png"] * 2 + [
+        "error: /reset takes nothing after it", "error: /quit takes nothing after it"]
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat(monkeypatch, capsys, miniature):
+    """Of a locale whose decoder is strict."""
+    typed = io.BytesIO(b"\xff\n/\xff\n" + COLOR.encode())
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", lambda *_: miniature)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "utf-8", "strict"))
+    assert cli.main(["--img", str(SHAPES), "--chat"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2 and out.endswith("\nred\n")
+    assert err.startswith("error: /\ufffd: no such command")
+
+
 def test_cut_answers_are_noted(talk):
     code, out, err = talk("[caption]", options=["--max-new-tokens", "3"])
     assert (code, out.count("\n")) == (0, 1)
     assert err == ["note: 1 of 1 answers cut after 3 tokens, because of max_new_tokens"]
+
+
+def test_a_note_does_not_come_into_the_line_of_its_answer(talk, monkeypatch):
+    """As a terminal shows them, which is both stdout and stderr."""
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    talk("[caption]", "[caption]", options=["--max-new-tokens", "3"])
+    note = "note: 1 of 1 answers cut after 3 tokens, because of max_new_tokens\n"
+    assert terminal.getvalue() == f"a large red\n{note}" * 2
 
 
 def test_an_empty_answer_is_told(talk, monkeypatch):

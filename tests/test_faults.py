@@ -8,15 +8,13 @@ files damaged at random: test_fuzz.py; many in a row: test_endurance.py.
 """
 
 import ast
-import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import struct
-import zlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +26,13 @@ from safetensors.torch import load_file
 
 import data
 import generate
-from official.checkpoints import replace_file, save_checkpoint
 import quantize
 import train
-from damaged import picture, write_weights
+from damaged import BAD_PICTURES, bad_picture, write_png_that_says, write_weights
 from experiments import evaluate
 from model import Attention, RMSNorm, TinyGPTV, causal_mask, rotary_cos_sin
 from official import convert, export, load, stream
+from official.checkpoints import replace_file, save_checkpoint
 from test_load import TWO, write_safetensors
 from test_model import CONFIG
 
@@ -113,6 +111,7 @@ COVERED = """
     test_generate.py::test_mistakes_are_one_line
 20 overflow in fp16
     test_faults.py::test_norms_keep_fp16_from_overflowing
+    test_faults.py::test_products_in_fp16_on_a_cpu_bring_a_warning
     test_train.py::test_a_short_run_from_the_shipped_backbones
 21 a loss or gradient that is no number
     test_run.py::test_a_step_without_finite_loss_changes_nothing
@@ -342,51 +341,29 @@ def test_folders_that_nobody_can_write_to(small, tmp_path, refusal):
 # ---- pictures (11 to 14) ----
 
 
-def write_png_that_says(path: Path, width: int, height: int) -> None:
-    picture().save(path, "PNG")
-    content = bytearray(path.read_bytes())
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    path.write_bytes(content)
-
-
-def bad_picture(folder: Path, kind: str) -> Path:
-    path = folder / f"{kind}.jpg"
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).save(file, "JPEG")
-    contents = {"empty": b"", "text": b"<html>not here</html>", "cut": file.getvalue()[:1500]}
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "bomb":  # it says that it has 400 million pixels
-        write_png_that_says(path, 20_000, 20_000)
-    elif kind in contents:
-        path.write_bytes(contents[kind])
-    return path
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "folder", "cut", "bomb"])
-def test_bad_pictures_from_the_command_lines(kind, small, tmp_path, refusal):
+@pytest.mark.parametrize("kind", BAD_PICTURES)
+def test_bad_pictures_from_the_command_lines(kind, small, tmp_path, refusal, capsys):
     path = bad_picture(tmp_path, kind)
     told = refusal(generate.main, "--weights", small, "--img", path)
     assert f"cannot read the image {path}: " in told
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"image": path.name, "task": "caption", "caption": "a dog"})
     )
-    evaluated = evaluate.main(["bench=jsonl", f"data={tmp_path / 'a.jsonl'}", f"weights={small}"])
-    assert evaluated == 2  # with a progress bar before its line
+    assert evaluate.main(["bench=jsonl", f"data={tmp_path / 'a.jsonl'}", f"weights={small}"]) == 2
+    *_, told = capsys.readouterr().err.splitlines()  # a progress bar may stand before it
+    named = tmp_path / "a.jsonl" if kind in ("missing", "folder") else path  # those are records
+    assert told.startswith("error: ") and str(named) in told and path.name in told
 
 
 def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
-    """Below Pillow's own limit, which is 178 million. Nothing is allocated for them."""
+    """Below Pillow's own limit, which is 178 million, and above. Nothing is allocated for them."""
     path = tmp_path / "a.png"
-    write_png_that_says(path, 12_000, 10_000)
     monkeypatch.setattr(data, "_to_rgb", lambda image: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="a.png: 12000x10000 pixels are too many to decode"):
-        data.load_image(path)
-    write_png_that_says(path, 70_000, 1)
-    with pytest.raises(ValueError, match="70000x1 pixels"):
-        data.load_image(path)
+    for size in ((12_000, 10_000), (70_000, 1), (20_000, 20_000)):
+        write_png_that_says(path, *size)
+        with pytest.raises(ValueError, match="a.png: it has too many pixels; at most 100,000,000 "
+                                             "are read, and 65,535 a side: make it smaller$"):
+            data.load_image(path)
 
 
 def test_a_jpeg_damaged_in_the_middle_decodes(tmp_path):
@@ -417,6 +394,16 @@ def test_norms_keep_fp16_from_overflowing(qk_norm):
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         attention(x, cos_sin, mask, maps=maps)
     assert maps[0].isfinite().all() == qk_norm
+
+
+def test_products_in_fp16_on_a_cpu_bring_a_warning(small):
+    """The command line refuses them. The fp16 embeddings of int8 are looked up, not multiplied."""
+    with pytest.warns(UserWarning, match="a CPU multiplies fp16 very slowly; use bf16 or fp32"):
+        TinyGPTV.from_pretrained(small, dtype=torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype, int8 in ((None, False), (torch.bfloat16, False), (None, True)):
+            TinyGPTV.from_pretrained(small, dtype=dtype, int8=int8)
 
 
 # ---- prompts (28) ----
@@ -481,7 +468,9 @@ def test_out_of_memory_comes_with_advice(drawing, monkeypatch, refusal, tmp_path
         raise error
 
     monkeypatch.setattr(TinyGPTV, "from_pretrained", fail)
-    assert "use --dtype bf16" in refusal(generate.main, "--img", drawing)
+    told = refusal(generate.main, "--img", drawing)
+    assert told == ("error: out of memory; use --dtype bf16 or --int8, "
+                    "or --device cpu if it was the GPU's\n")  # fmt: skip
     told = refusal(train.main, "stage=1", f"out={tmp_path / 'run'}")
     assert "checkpointing=1" in told and "micro_batch_size=1" in told
 

@@ -213,7 +213,10 @@ def checkpoint_target(folder: Path, *names: str) -> Target:
         model = TinyGPTV.from_pretrained(folder)
         if model.stage == 4:
             prompt = data.inference_prompt("vqa", "what?", 4)
-            list(generate(model, [picture()], prompt, max_new_tokens=2))
+            try:
+                list(generate(model, [picture()], prompt, max_new_tokens=2))
+            except ValueError as error:  # of a number that is finite, but much too large
+                assert "its weights damaged" in str(error)
 
     return [folder / name for name in names], read, folder
 
@@ -237,6 +240,9 @@ TARGETS = {
     "webp": lambda folder: picture_target(folder, "webp"),
     "bmp": lambda folder: picture_target(folder, "bmp"),
     "tiff": lambda folder: picture_target(folder, "tiff", compression="tiff_lzw"),
+    "ppm": lambda folder: picture_target(folder, "ppm"),
+    "avif": lambda folder: picture_target(folder, "avif"),
+    "jpeg 2000": lambda folder: picture_target(folder, "jp2"),
     "safetensors": safetensors_target,
     "pth": lambda folder: pth_target(folder, True),
     "old pth": lambda folder: pth_target(folder, False),
@@ -289,5 +295,4 @@ def test_damaged_files_are_refused_or_load(name, tmp_path):
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.filterwarnings("ignore:.*answers cut")
 def test_thousands_of_damaged_files_are_refused_or_load(name, tmp_path):
-    whole_models = ("config.json", "checkpoint", "backbones")
-    fuzz(tmp_path / "many", name, 500 if name in whole_models else 2000)
+    fuzz(tmp_path / "many", name, 2000)

@@ -4,6 +4,7 @@ in test_attention.py, its --chat in test_chat.py.
 What the official code generates is compared in test_golden.py.
 """
 
+import io
 import json
 import math
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw
 
 import generate as cli
 from bridge import ProjectorConfig, QFormerConfig
-from data import Tokenizer, inference_prompt, parse_boxes
+from data import EXAMPLES, Tokenizer, inference_prompt, parse_boxes
 from experiments.pictures import draw_boxes, labelled_boxes
 from generate import Answer, Sampling, StreamDecoder, answer, encode_images, generate
 from generate import generate_ids, prepare
@@ -120,6 +121,13 @@ def test_processed_scores_are_their_plain_definition(seed):
         least = sorted(row)[-sampling.top_k]
         row = plain_top_p([score if score >= least else -INF for score in row], sampling.top_p)
         torch.testing.assert_close(processed, torch.tensor(row))
+
+
+def test_without_a_penalty_nothing_is_looked_up(monkeypatch):
+    """The vocabulary is large, and most answers have no penalty."""
+    monkeypatch.setattr(cli, "penalize_repetition", lambda *_: pytest.fail("it was"))
+    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(cli.process_scores(scores, torch.tensor([[1], [2]]), Sampling()), scores)
 
 
 def test_temperature_is_its_plain_definition():
@@ -317,7 +325,7 @@ def test_a_prompt_for_every_picture(model, image):
 def test_scores_that_are_no_numbers_are_told(model, image):
     with torch.no_grad():
         model.phi.final_layernorm.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="scores are no numbers"):
+    with pytest.raises(ValueError, match="scores are no numbers: .* or its weights damaged"):
         answer(model, [image], PROMPTS[:1])
 
 
@@ -382,9 +390,14 @@ def says(model, monkeypatch):
         def start_answers(model, images, num_images, prompts, *_):
             asked.append(prompts[0])
             rows = [Answer(model.tokenizer, "###") for _ in prompts]
-            for row in rows:
-                row.shown = "".join(pieces)
-            return rows, iter([piece] * len(prompts) for piece in pieces)
+
+            def stream():
+                for n, piece in enumerate(pieces, 1):
+                    for row in rows:
+                        row.shown, row.finished = row.shown + piece, n == len(pieces)
+                    yield [piece] * len(prompts)
+
+            return rows, stream()
 
         monkeypatch.setattr(cli, "start_answers", start_answers)
         return asked
@@ -409,6 +422,7 @@ def says(model, monkeypatch):
     ("--img {picture} --task caption --ask why", "task caption takes no text"),
     ("--img {picture} --task identify --ask {{<1><2>}}", "needs one box like .*, not '{<1><2>}'"),
     ("--img {picture} --ask <ImageHere>", "cannot be part of a text"),
+    ("--img {picture} --task detail --ask why", "task detail takes no text"),
     ("--img {picture} --temperature -1", "temperature must be 0, which is greedy, or from 0.01"),
     ("--img {picture} --temperature hot", "--temperature: invalid float value: 'hot'"),
     ("--img {picture} --top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
@@ -432,6 +446,7 @@ def test_mistakes_are_one_line(capsys, model, monkeypatch, picture, arguments, m
 @pytest.mark.parametrize("arguments", [
     ("--max-new-tokens", "0"), ("--task", "caption", "--ask", "why"),
     ("--task", "identify", "--ask", "{<1><2>}"), ("--stage", "1", "--ask", "why"),
+    ("--ask", "is it <ImageHere>?"),
 ])  # fmt: skip
 def test_mistakes_are_told_before_weights_load(capsys, picture, arguments):
     nowhere = "--weights", "/nowhere"
@@ -476,11 +491,12 @@ def test_tasks_and_wording(capsys, says, picture):
     assert run(capsys, "--img", picture) == (0, "a star\n", [])
     assert run(capsys, "--img", picture, "--ask", "What COLOR is it?") == (0, "a star\n", [])
     run(capsys, "--img", picture, "--task", "refer", "--ask", "The Star.")
+    run(capsys, "--img", picture, "--task", "detail")
     long = "is it " * 30 + "?"
     assert "first 50 words" in run(capsys, "--img", picture, "--ask", long)[2][0]
-    assert asked[:3] == [
+    assert asked[:4] == [
         inference_prompt("caption", "", 4), inference_prompt("vqa", "what color is it?", 4),
-        inference_prompt("refer", "the star", 4),
+        inference_prompt("refer", "the star", 4), inference_prompt("detail", "", 4),
     ]  # fmt: skip
 
 
@@ -493,6 +509,23 @@ def test_only_the_answer_goes_to_stdout(capsys, model, monkeypatch, picture):
     first = run(capsys, "--img", picture, *long, "--seed", "1")
     assert first == run(capsys, "--img", picture, *long, "--seed", "1")
     assert first != run(capsys, "--img", picture, *long, "--seed", "2")
+
+
+def test_a_note_comes_after_the_line_of_its_answer(model, monkeypatch, picture):
+    """As a terminal shows them, which is both stdout and stderr."""
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(cli.TinyGPTV, "from_pretrained", lambda *_: model)
+    assert cli.main(["--img", str(picture), "--max-new-tokens", "3"]) == 0
+    said, note = terminal.getvalue().splitlines()
+    assert said and note == "note: 1 of 1 answers cut after 3 tokens, because of max_new_tokens"
+
+
+def test_every_task_about_a_picture_can_be_asked():
+    assert {*cli.ASK_FOR} == {task for task, fields in EXAMPLES.items() if "image" in fields}
+    for task, needed in cli.ASK_FOR.items():
+        assert (needed is None) == ("caption" in EXAMPLES[task])
 
 
 def test_draw(capsys, says, picture, tmp_path):
