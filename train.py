@@ -26,6 +26,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -301,13 +302,13 @@ def join_processes(device: str) -> tuple[str, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def shared(model: nn.Module) -> DistributedDataParallel:
+def distributed(model: nn.Module) -> DistributedDataParallel:
     """The model, its gradients the mean of those of all processes, also where the pictures that
     give the projections theirs are in the batches of others."""
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def add_up(values: list[float], device: str) -> list[float]:
+def sum_over_processes(values: list[float], device: str) -> list[float]:
     """The sums of each value over all processes."""
     if not dist.is_initialized():
         return values
@@ -336,7 +337,7 @@ def train_step(
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     device = plain.phi.embed_tokens.weight.device
     counts = [num_labels(batch) for batch in micro]
-    [all_labels] = add_up([sum(counts)], device)
+    [all_labels] = sum_over_processes([sum(counts)], device)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     total = 0.0
     for n, (batch, count) in enumerate(zip(micro, counts), 1):
@@ -347,7 +348,7 @@ def train_step(
                 loss = model(**batch) * (count / max(1, all_labels))
             scaler.scale(loss * processes).backward()  # DistributedDataParallel takes the mean
         total += loss.item()
-    [total] = add_up([total], device)
+    [total] = sum_over_processes([total], device)
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in trained if p.grad is not None]  # none where text has no picture
@@ -366,14 +367,13 @@ def train_step(
 # computed.
 MAY_CHANGE = ("weights", "data", "out", "resume", "micro_batch_size", "checkpointing", "compile",
               "save_every", "device", "num_workers")  # fmt: skip
-
-
 # What train_state.pt holds.
 STATE = {"config", "world_size", "step", "model", "frozen", "optimizer", "scaler"}
 
 
 def fastest_precision(device: str) -> str:
-    """bf16 where the device multiplies it in hardware; else fp16 on a GPU, fp32 on a CPU."""
+    """bf16 where a CUDA GPU or an x86 CPU (AVX-512) multiplies it in hardware; else fp16 on such a
+    GPU and fp32 on a CPU. On Apple's GPUs (mps) fp32."""
     if device.startswith("cuda"):
         return "bf16" if half_dtype(device) == torch.bfloat16 else "fp16"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
@@ -418,7 +418,7 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     if config.int8:
         quantize_model(model)
     if state:
-        take_up(model, state, config)
+        restore(model, state, config)
     if config.checkpointing:
         recompute_layers(model.phi)
     if config.compile:
@@ -427,7 +427,7 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     return model.to(device).train()  # the dropout of LoRA and Phi is on
 
 
-def take_up(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
+def restore(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
     """Gives the model what a run has learned so far. Raises ValueError if that is not just what
     learns here, or if it was learned with other frozen weights."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -460,6 +460,16 @@ def new_optimizer(model: TinyGPTV) -> torch.optim.AdamW:
 def new_scaler(config: TrainConfig, device: str) -> torch.amp.GradScaler:
     """For fp16, whose gradients would be lost to zero; for other types it does nothing."""
     return torch.amp.GradScaler(device.split(":")[0], enabled=config.precision == "fp16")
+
+
+def require_room(config: TrainConfig, model: TinyGPTV) -> None:
+    """Raises ValueError unless the disk has room for what save_state writes: what learns, and once
+    more with AdamW's two moments, which is there twice until the new state replaces the old."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed, free = (3 if config.resume else 7) * trained, shutil.disk_usage(config.out).free
+    if free < needed:
+        raise ValueError(f"{config.out}: saving takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} are "
+                         "free; make room, or say out=... for another disk")  # fmt: skip
 
 
 def save_state(
@@ -565,7 +575,9 @@ def train(config: TrainConfig) -> int:
     state = read_state(config, world_size) if config.resume else {}
     start, schedule = state.get("step", 0), schedule_of(config)
     model = prepare_model(config, state, device)
-    runner = shared(model) if world_size > 1 else model
+    if rank == 0:
+        require_room(config, model)
+    runner = distributed(model) if world_size > 1 else model
     datasets, ratios, batch_sizes = open_data(config, schedule.batch_size, model)
     keys = mixture_batches(ratios, batch_sizes, config.seed, start, rank, world_size)
     stream = batches(config, datasets, keys, model.tokenizer.pad_token_id)
@@ -587,7 +599,7 @@ def train(config: TrainConfig) -> int:
             lr = learning_rate(schedule, epoch, in_epoch)
             on_device = [to_device(batch, device) for batch in micro]
             loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.grad_clip)
-            *counts, stopped = add_up([*counts_of(micro), len(signals)], device)
+            *counts, stopped = sum_over_processes([*counts_of(micro), len(signals)], device)
             log.write(bar, step + 1, loss, lr, norm, counts)
             if stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps:
                 if rank == 0:

@@ -385,7 +385,7 @@ def learn_half(rank: int, folder: str, rows: list[dict]) -> None:
     model = prepare_model(config, {}, "cpu").eval()
     micro = [train.to_device(batch, "cpu") for batch in train.micro_batches(rows[rank::2], 1, 0)]
     optimizer = new_optimizer(model)
-    train_step(train.shared(model), optimizer, NO_SCALING, micro, lr=0.0)
+    train_step(train.distributed(model), optimizer, NO_SCALING, micro, lr=0.0)
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     torch.save(grads, Path(folder) / f"{rank}.pt")
 
