@@ -64,7 +64,9 @@ class TrainConfig:
     # with the backbones and the stage to begin from
     weights: str = str(Path(__file__).parent / "miniature" / "weights")
     from_stage: int = -1  # default: the one before; the same, to go on with data of your own
-    data: str = "world"  # a record file, a folder, or "world": the miniature's, made on the fly
+    # a record file, several with commas between, a folder, or "world": the miniature's, made on
+    # the fly
+    data: str = "world"
     allow_missing: bool = False  # go on without the datasets of the mixture that the folder lacks
     out: str = ""  # default: runs/stage1 ... runs/stage4
     resume: bool = False  # go on with the run in `out`
@@ -210,7 +212,8 @@ def encoding_of(model: TinyGPTV) -> Encoding:
 
 
 def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
-    """The datasets that a stage learns from, how often each is drawn, and its batch size."""
+    """The datasets that a stage learns from, how often each is drawn, and its batch size. Several
+    record files are drawn in proportion to their numbers of records."""
     encoding = encoding_of(model)
     if config.data == "world":
         datasets, ratios = world_mixture(encoding, config.seed)
@@ -220,8 +223,10 @@ def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[li
         )
         return datasets, ratios, [config.batch_size or size for size in batch_sizes]
     else:
-        read = read_folder if os.path.isdir(config.data) else read_records
-        datasets, ratios = [RecordDataset(read(config.data), encoding, config.seed)], [1.0]
+        paths = config.data.split(",")
+        parts = [read_folder(path) if os.path.isdir(path) else read_records(path) for path in paths]
+        datasets = [RecordDataset(records, encoding, config.seed) for records in parts]
+        ratios = list(map(len, datasets))
     return datasets, ratios, [batch_size] * len(datasets)
 
 
