@@ -296,14 +296,23 @@ def num_labels(batch: dict) -> int:
 
 def join_processes(device: str) -> tuple[str, int, int]:
     """Joins the processes that torchrun has started, one a GPU: this one's device, its number
-    among them and how many there are. On its own: the device, 0 and 1."""
+    among them and how many there are. On its own: the device, 0 and 1. Raises ValueError if there
+    are fewer GPUs than processes, or if these do not find each other."""
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"each process needs a GPU of its own, and torch sees {count}; say "
+                             f"torchrun --nproc-per-node {count}")  # fmt: skip
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    except dist.DistError as error:
+        raise ValueError(f"the processes do not find each other: {first_words(error)}; give "
+                         "torchrun on each machine the same address and a free port") from None
     return device, dist.get_rank(), dist.get_world_size()
 
 
