@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, Encoding, RecordDataset, collate, read_folder, read_records
 from experiments.command_line import exit_code, key_values
-from experiments.run_log import RunLog, draw_losses
+from experiments.run_log import RunLog, draw_run
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV
@@ -546,14 +546,9 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def finish(config: TrainConfig) -> None:
-    """Leaves what will be used, and a picture of the losses of this run and stages beside it."""
-    out = Path(config.out).absolute()
-    logs = {out / "log.jsonl", *out.parent.glob("stage[1-4]/log.jsonl")}
-    (out / "train_state.pt").unlink()
-    try:
-        draw_losses([log.parent for log in sorted(logs)], out / "loss.png")
-    except ValueError as error:  # of another stage's run, perhaps
-        print(f"loss.png was not drawn: {error}", file=sys.stderr)
+    """Leaves what will be used, and a picture of the losses."""
+    (Path(config.out) / "train_state.pt").unlink()
+    draw_run(Path(config.out).absolute())
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
           "--img x.jpg")  # fmt: skip
 
