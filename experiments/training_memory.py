@@ -9,7 +9,7 @@ taken and given back. Read it from the leaves to the root:
 
     Hollow, Meter              tensors without memory, and what they would take
     like_a_gpu                 three operations that keep other things on a GPU than on a CPU
-    rehearse, measure          a model without weights makes one step
+    rehearse, measured_peak    a model without weights makes one step
     main                       tables for people, JSON for programs in experiments/results/
 
 Rows are equally long, and every token after the picture is taken for a label: the most there can
@@ -257,7 +257,7 @@ def rehearse(config: Config, sizes: ModelConfig, on_gpu: bool = True) -> Meter:
     return meter
 
 
-def measure(config: Config, sizes: ModelConfig) -> int:
+def measured_peak(config: Config, sizes: ModelConfig) -> int:
     """The most bytes that tensors took in a real step on the GPU."""
     model = blank_model(config, sizes, "cuda")
     optimizer, batches = used_optimizer(model), full_batches(config, model, "cuda")
@@ -307,7 +307,7 @@ def plan(config: Config, stage: int) -> dict:
     parts = {part: round(count / 1e9, 3) for part, count in peak.items() if count}
     found = asdict(config) | {"parts_gb": parts, "total_gb": round(peak.total() / 1e9, 2)}
     if config.measured:
-        found["measured_gb"] = round(measure(config, sizes) / 1e9, 2)
+        found["measured_gb"] = round(measured_peak(config, sizes) / 1e9, 2)
     return found
 
 
