@@ -178,9 +178,9 @@ def test_a_measured_step_stands_beside_the_plan(tmp_path, monkeypatch, capsys):
 
 
 def test_all_stages_beside_the_goals(tmp_path, monkeypatch, capsys):
-    taken = {6: 24.1, 2: 12.0}  # GB, by the micro-batch
+    taken = {(6, False): 24.1, (2, False): 12.0, (2, True): 8.64}  # GB, by micro-batch and int8
     monkeypatch.setattr(training_memory, "rehearse", lambda config, sizes: SimpleNamespace(
-        peak=Counter({"frozen weights": int(taken[config.micro_batch_size] * 1e9)})))  # fmt: skip
+        peak=Counter(all=int(taken[config.micro_batch_size, config.int8] * 1e9))))  # fmt: skip
     found, said = run(["batch_size=6"], tmp_path, monkeypatch, capsys)
     assert [run["way"] for run in found["runs"]] == 4 * list(GOALS)
     assert [run["micro_batch_size"] for run in found["runs"]] == 4 * [6, 6, 2, 2]

@@ -409,11 +409,21 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, steps: Container[int]) -> 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_step_without_finite_loss_changes_nothing(kind, tmp_path: Path, monkeypatch, capsys):
+    has_changed = []
+
+    def observed_step(model: TinyGPTV, *arguments) -> tuple[float, float]:
+        before = model.projector.fc2.weight.clone()
+        found = train_step(model, *arguments)
+        has_changed.append(not torch.equal(model.projector.fc2.weight, before))
+        return found
+
     spoil(monkeypatch, kind, {2, 3, 5})
+    monkeypatch.setattr(train, "train_step", observed_step)
     monkeypatch.setattr(run_log, "MAX_BAD_STEPS", 3)  # in a row, which these are not
     assert run(tmp_path / "run", "steps=6") == 0
     assert "3 steps without finite loss" in capsys.readouterr().out
     is_bad = [loss is None for loss in losses(tmp_path / "run")]
+    assert is_bad == [not changed for changed in has_changed]
     assert is_bad == [False, True, True, False, True, False]
     assert TinyGPTV.from_pretrained(tmp_path / "run").stage == 2  # all finite
 
