@@ -26,6 +26,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, Encoding, RecordDataset, collate, read_folder, read_records
 from experiments.command_line import exit_code, key_values
-from experiments.run_log import RunLog, draw_losses
+from experiments.run_log import RunLog, draw_run
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV
@@ -63,7 +64,9 @@ class TrainConfig:
     # with the backbones and the stage to begin from
     weights: str = str(Path(__file__).parent / "miniature" / "weights")
     from_stage: int = -1  # default: the one before; the same, to go on with data of your own
-    data: str = "world"  # a record file, a folder, or "world": the miniature's, made on the fly
+    # a record file, several with commas between, a folder, or "world": the miniature's, made on
+    # the fly
+    data: str = "world"
     allow_missing: bool = False  # go on without the datasets of the mixture that the folder lacks
     out: str = ""  # default: runs/stage1 ... runs/stage4
     resume: bool = False  # go on with the run in `out`
@@ -209,7 +212,8 @@ def encoding_of(model: TinyGPTV) -> Encoding:
 
 
 def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
-    """The datasets that a stage learns from, how often each is drawn, and its batch size."""
+    """The datasets that a stage learns from, how often each is drawn, and its batch size. Several
+    record files are drawn in proportion to their numbers of records."""
     encoding = encoding_of(model)
     if config.data == "world":
         datasets, ratios = world_mixture(encoding, config.seed)
@@ -219,8 +223,10 @@ def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[li
         )
         return datasets, ratios, [config.batch_size or size for size in batch_sizes]
     else:
-        read = read_folder if os.path.isdir(config.data) else read_records
-        datasets, ratios = [RecordDataset(read(config.data), encoding, config.seed)], [1.0]
+        paths = config.data.split(",")
+        parts = [read_folder(path) if os.path.isdir(path) else read_records(path) for path in paths]
+        datasets = [RecordDataset(records, encoding, config.seed) for records in parts]
+        ratios = list(map(len, datasets))
     return datasets, ratios, [batch_size] * len(datasets)
 
 
@@ -290,24 +296,33 @@ def num_labels(batch: dict) -> int:
 
 def join_processes(device: str) -> tuple[str, int, int]:
     """Joins the processes that torchrun has started, one a GPU: this one's device, its number
-    among them and how many there are. On its own: the device, 0 and 1."""
+    among them and how many there are. On its own: the device, 0 and 1. Raises ValueError if there
+    are fewer GPUs than processes, or if these do not find each other."""
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"each process needs a GPU of its own, and torch sees {count}; say "
+                             f"torchrun --nproc-per-node {count}")  # fmt: skip
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    except dist.DistError as error:
+        raise ValueError(f"the processes do not find each other: {first_words(error)}; give "
+                         "torchrun on each machine the same address and a free port") from None
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def shared(model: nn.Module) -> DistributedDataParallel:
+def distributed(model: nn.Module) -> DistributedDataParallel:
     """The model, its gradients the mean of those of all processes, also where the pictures that
     give the projections theirs are in the batches of others."""
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def add_up(values: list[float], device: str) -> list[float]:
+def sum_over_processes(values: list[float], device: str) -> list[float]:
     """The sums of each value over all processes."""
     if not dist.is_initialized():
         return values
@@ -336,7 +351,7 @@ def train_step(
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     device = plain.phi.embed_tokens.weight.device
     counts = [num_labels(batch) for batch in micro]
-    [all_labels] = add_up([sum(counts)], device)
+    [all_labels] = sum_over_processes([sum(counts)], device)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     total = 0.0
     for n, (batch, count) in enumerate(zip(micro, counts), 1):
@@ -347,7 +362,7 @@ def train_step(
                 loss = model(**batch) * (count / max(1, all_labels))
             scaler.scale(loss * processes).backward()  # DistributedDataParallel takes the mean
         total += loss.item()
-    [total] = add_up([total], device)
+    [total] = sum_over_processes([total], device)
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in trained if p.grad is not None]  # none where text has no picture
@@ -366,14 +381,13 @@ def train_step(
 # computed.
 MAY_CHANGE = ("weights", "data", "out", "resume", "micro_batch_size", "checkpointing", "compile",
               "save_every", "device", "num_workers")  # fmt: skip
-
-
 # What train_state.pt holds.
 STATE = {"config", "world_size", "step", "model", "frozen", "optimizer", "scaler"}
 
 
 def fastest_precision(device: str) -> str:
-    """bf16 where the device multiplies it in hardware; else fp16 on a GPU, fp32 on a CPU."""
+    """bf16 where a CUDA GPU or an x86 CPU (AVX-512) multiplies it in hardware; else fp16 on such a
+    GPU and fp32 on a CPU. On Apple's GPUs (mps) fp32."""
     if device.startswith("cuda"):
         return "bf16" if half_dtype(device) == torch.bfloat16 else "fp16"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
@@ -418,7 +432,7 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     if config.int8:
         quantize_model(model)
     if state:
-        take_up(model, state, config)
+        restore(model, state, config)
     if config.checkpointing:
         recompute_layers(model.phi)
     if config.compile:
@@ -427,7 +441,7 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     return model.to(device).train()  # the dropout of LoRA and Phi is on
 
 
-def take_up(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
+def restore(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
     """Gives the model what a run has learned so far. Raises ValueError if that is not just what
     learns here, or if it was learned with other frozen weights."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -460,6 +474,16 @@ def new_optimizer(model: TinyGPTV) -> torch.optim.AdamW:
 def new_scaler(config: TrainConfig, device: str) -> torch.amp.GradScaler:
     """For fp16, whose gradients would be lost to zero; for other types it does nothing."""
     return torch.amp.GradScaler(device.split(":")[0], enabled=config.precision == "fp16")
+
+
+def require_room(config: TrainConfig, model: TinyGPTV) -> None:
+    """Raises ValueError unless the disk has room for what save_state writes: what learns, and once
+    more with AdamW's two moments, which is there twice until the new state replaces the old."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed, free = (3 if config.resume else 7) * trained, shutil.disk_usage(config.out).free
+    if free < needed:
+        raise ValueError(f"{config.out}: saving takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} are "
+                         "free; make room, or say out=... for another disk")  # fmt: skip
 
 
 def save_state(
@@ -522,14 +546,9 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def finish(config: TrainConfig) -> None:
-    """Leaves what will be used, and a picture of the losses of this run and stages beside it."""
-    out = Path(config.out).absolute()
-    logs = {out / "log.jsonl", *out.parent.glob("stage[1-4]/log.jsonl")}
-    (out / "train_state.pt").unlink()
-    try:
-        draw_losses([log.parent for log in sorted(logs)], out / "loss.png")
-    except ValueError as error:  # of another stage's run, perhaps
-        print(f"loss.png was not drawn: {error}", file=sys.stderr)
+    """Leaves what will be used, and a picture of the losses."""
+    (Path(config.out) / "train_state.pt").unlink()
+    draw_run(Path(config.out).absolute())
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
           "--img x.jpg")  # fmt: skip
 
@@ -565,7 +584,9 @@ def train(config: TrainConfig) -> int:
     state = read_state(config, world_size) if config.resume else {}
     start, schedule = state.get("step", 0), schedule_of(config)
     model = prepare_model(config, state, device)
-    runner = shared(model) if world_size > 1 else model
+    if rank == 0:
+        require_room(config, model)
+    runner = distributed(model) if world_size > 1 else model
     datasets, ratios, batch_sizes = open_data(config, schedule.batch_size, model)
     keys = mixture_batches(ratios, batch_sizes, config.seed, start, rank, world_size)
     stream = batches(config, datasets, keys, model.tokenizer.pad_token_id)
@@ -587,7 +608,7 @@ def train(config: TrainConfig) -> int:
             lr = learning_rate(schedule, epoch, in_epoch)
             on_device = [to_device(batch, device) for batch in micro]
             loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.grad_clip)
-            *counts, stopped = add_up([*counts_of(micro), len(signals)], device)
+            *counts, stopped = sum_over_processes([*counts_of(micro), len(signals)], device)
             log.write(bar, step + 1, loss, lr, norm, counts)
             if stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps:
                 if rank == 0:

@@ -36,7 +36,7 @@ class RunLog:
     def __init__(self, out: Path, resume: bool, quiet: bool):
         self.out, self.quiet = out, quiet
         self.samples = self.truncated = self.skipped = self.bad_steps = self.bad_in_a_row = 0
-        self.waited = self.seconds_before = 0.0
+        self.waiting = self.waited = self.seconds_before = 0.0
         self.began = self.last = time.perf_counter()
         self.file = None
         if quiet:
@@ -86,7 +86,8 @@ class RunLog:
         """The next step's batches; the time that they keep the model waiting is counted."""
         began = time.perf_counter()
         batches = next(stream)
-        self.waited += time.perf_counter() - began
+        self.waiting = time.perf_counter() - began
+        self.waited += self.waiting
         for batch in batches:
             for reason in batch["skipped"]:
                 tqdm.write(f"skipped: {reason}", file=sys.stderr)
@@ -96,7 +97,8 @@ class RunLog:
         self, bar: tqdm, step: int, loss: float, lr: float, grad_norm: float, counts: list[float]
     ) -> None:
         """A line of log.jsonl. counts: samples, tokens, truncated answers and skipped records of
-        the step, over all processes. Raises ValueError where going on makes no sense."""
+        the step, over all processes. Raises ValueError where going on makes no sense, OSError if
+        the line can't be written."""
         samples, tokens, truncated, skipped = map(int, counts)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
@@ -113,10 +115,15 @@ class RunLog:
                 "step": step, "loss": None if is_bad else round(loss, 7), "lr": lr,
                 "grad_norm": None if is_bad else round(grad_norm, 4),
                 "tokens_per_second": round(tokens / seconds),
+                "waiting": round(self.waiting / seconds, 3),  # for data: its share of the step
                 "seconds": round(self.seconds_before + now - self.began, 1),
                 "peak_memory_gb": round(peak_memory_gb(), 3),
             }  # fmt: skip
-            print(json.dumps(record), file=self.file, flush=True)
+            try:
+                print(json.dumps(record), file=self.file, flush=True)
+            except OSError as error:
+                told = f"cannot write {self.out / 'log.jsonl'}: {error.strerror}"
+                raise OSError(f"{told}; what was saved before is whole") from None
             speed = f"{samples / seconds:.0f}"
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", samples_per_second=speed)
         self.check(step, loss, grad_norm)
@@ -184,10 +191,11 @@ def read_losses(folder: Path) -> list[float]:
 def draw_losses(folders: Iterable[Path], path: Path) -> None:
     """The losses of some runs, one after the other from left to right, as a PNG. Raises ValueError
     if there is none."""
-    runs = {folder.name: read_losses(folder) for folder in folders}
-    runs = {name: losses for name, losses in runs.items() if losses}
+    runs = {folder.absolute(): read_losses(folder) for folder in folders}
+    runs = {folder: losses for folder, losses in runs.items() if losses}
     if not runs:
         raise ValueError(f"no run has a finite loss to draw in {path}")
+    names = [folder.name for folder in runs]
     highest = max(map(max, runs.values()))
     steps = sum(map(len, runs.values()))
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
@@ -203,14 +211,25 @@ def draw_losses(folders: Iterable[Path], path: Path) -> None:
         draw.line([at(0, loss), at(steps, loss)], "#dddddd")
         draw.text((MARGIN - 6, at(0, loss)[1]), f"{loss:.2f}", "black", font, anchor="rm")
     first = 0
-    for number, (name, losses) in enumerate(runs.items()):
+    for number, (folder, losses) in enumerate(runs.items()):
         color = COLORS[number % len(COLORS)]
+        name = folder.name if names.count(folder.name) == 1 else "/".join(folder.parts[-2:])
         draw.line([at(first + step, loss) for step, loss in enumerate(losses)], color, 2)
         label = f"{name}: {len(losses)} steps, {losses[-1]:.3f}"
         draw.text((at(first, 0)[0], bottom + 8 + 16 * (number % 2)), label, color, font)
         first += len(losses)
     draw.text((MARGIN, MARGIN / 2), "loss (mean of about 20 steps)", "black", font, anchor="lm")
     image.save(path)
+
+
+def draw_run(out: Path) -> None:
+    """loss.png in the folder of a finished run: the losses of the stages beside it, then its own.
+    If that fails it is said and no more: the run has succeeded."""
+    logs = [*sorted(out.parent.glob("stage[1-4]/log.jsonl")), out / "log.jsonl"]
+    try:
+        draw_losses([log.parent for log in logs], out / "loss.png")
+    except (ValueError, OSError) as error:  # another stage's log, perhaps, or a full disk
+        print(f"loss.png was not drawn: {error}", file=sys.stderr)
 
 
 def draw(folders: list[str]) -> None:

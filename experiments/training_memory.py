@@ -9,8 +9,7 @@ taken and given back. Read it from the leaves to the root:
 
     Hollow, Meter              tensors without memory, and what they would take
     like_a_gpu                 three operations that keep other things on a GPU than on a CPU
-    rehearse, measure          a model without weights makes one step
-    with_int8                  what frozen weights in int8 change, worked out on top
+    rehearse, measured_peak    a model without weights makes one step
     main                       tables for people, JSON for programs in experiments/results/
 
 Rows are equally long, and every token after the picture is taken for a label: the most there can
@@ -40,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from data import IGNORE, IMAGE_TOKEN_ID
 from experiments.command_line import report
 from model import DTYPES, ModelConfig, RMSNorm, TinyGPTV, set_dtype
-from quantize import QUANTIZED, quantize_model
+from quantize import quantize_model
 from train import (
     SCHEDULES,
     enter_stage,
@@ -170,12 +169,15 @@ def one_kernel(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def shapes_of(config: Config, sizes: ModelConfig) -> TinyGPTV:
-    """The model of the stage before (its sizes are given) in this stage, on the meta device."""
+    """The model of the stage before (its sizes are given) in this stage, on the meta device; with
+    int8 its frozen matrices are quantized."""
     with torch.device("meta"):
         model = TinyGPTV(replace(sizes))  # a copy, which the stage changes
         set_dtype(model, DTYPES[config.precision])
         enter_stage(model, config.stage, config.preset)
     set_trainable(model)
+    if config.int8:
+        quantize_model(model)
     return model
 
 
@@ -255,27 +257,13 @@ def rehearse(config: Config, sizes: ModelConfig, on_gpu: bool = True) -> Meter:
     return meter
 
 
-def measure(config: Config, sizes: ModelConfig) -> int:
+def measured_peak(config: Config, sizes: ModelConfig) -> int:
     """The most bytes that tensors took in a real step on the GPU."""
     model = blank_model(config, sizes, "cuda")
-    if config.int8:
-        quantize_model(model)
     optimizer, batches = used_optimizer(model), full_batches(config, model, "cuda")
     torch.cuda.reset_peak_memory_stats()
     step(model, optimizer, batches)
     return torch.cuda.max_memory_allocated()
-
-
-def with_int8(peak: Counter[str], config: Config, sizes: ModelConfig) -> Counter[str]:
-    """The same peak with the frozen matrices in int8 and a scale for each row. Each would be made
-    whole for its products, in the backward pass again. The largest one is counted, whichever is
-    whole at the peak."""
-    weights = [module.weight for name, module in shapes_of(config, sizes).named_modules()
-               if QUANTIZED.fullmatch(name)]  # fmt: skip
-    scales = 4 * sum(len(weight) for weight in weights)
-    saved = sum(weight.nbytes - weight.numel() for weight in weights) - scales
-    largest = max(weight.nbytes for weight in weights)
-    return peak + Counter({"frozen weights": -saved, "int8 made whole": largest})
 
 
 # ---- the command line ----
@@ -315,12 +303,11 @@ def settled(config: Config, stage: int) -> tuple[Config, ModelConfig]:
 def plan(config: Config, stage: int) -> dict:
     """What a step takes, by what it is taken for, at the moment at which it is most."""
     config, sizes = settled(config, stage)
-    meter = rehearse(config, sizes)
-    peak = with_int8(meter.peak, config, sizes) if config.int8 else meter.peak
+    peak = rehearse(config, sizes).peak
     parts = {part: round(count / 1e9, 3) for part, count in peak.items() if count}
     found = asdict(config) | {"parts_gb": parts, "total_gb": round(peak.total() / 1e9, 2)}
     if config.measured:
-        found["measured_gb"] = round(measure(config, sizes) / 1e9, 2)
+        found["measured_gb"] = round(measured_peak(config, sizes) / 1e9, 2)
     return found
 
 

@@ -40,6 +40,10 @@ class ShardDataset(Dataset):
     Each visit reads one shard, drawn with replacement as the official code does, in an order of
     its own. Both depend on seed and position alone, so that is all a resumed run needs. A pair
     that cannot be used is replaced by one of the next visit; "skipped" in the row says why.
+
+    Several processes divide the samples among them, not the shards: of n each takes every n-th
+    position. They mostly read the same shard at a time, but different pairs of it. That is how n
+    processes learn just what one does with a batch n times as large.
     """
 
     def __init__(self, shards: list[Path], encoding: Encoding, seed: int = 0):

@@ -23,7 +23,6 @@ from experiments.training_memory import (
     step,
     trained,
     used_optimizer,
-    with_int8,
 )
 from model import ModelConfig, TinyGPTV
 
@@ -68,6 +67,7 @@ WAYS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "micro-batches": {"checkpointing": True, "micro_batch_size": 1},
+    "int8": {"checkpointing": True, "micro_batch_size": 1, "int8": True},
     "fp32": {"precision": "fp32"},
     # several, beside which the matrix that kernels of some CPUs (AMX) repack is small
     "pictures are the most": {"checkpointing": True, "tokens": 60, "batch_size": 10},
@@ -77,20 +77,21 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_plan_is_what_a_real_step_takes(way: str, one_thread: None):
     config, sizes = mini(4, **WAYS[way])
-    options = {"precision": config.precision, "checkpointing": config.checkpointing}
+    options = {name: getattr(config, name) for name in ("precision", "checkpointing", "int8")}
     train_config = train.with_defaults(train.TrainConfig(stage=4, **options))
     model = train.prepare_model(train_config, {}, "cpu")
     before, added = real_step(config, model)
     plan = rehearse(config, sizes, on_gpu=False).peak.total()
-    assert plan - before == pytest.approx(added, rel=0.025)
+    # A CPU makes an fp32 copy of a bf16 product before it scales it; a GPU, and the plan, do not.
+    assert plan - before == pytest.approx(added, rel=0.08 if config.int8 else 0.025)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"int8": True}], ids=str)
 def test_the_plan_is_what_a_real_step_takes_at_the_official_widths(
-    checkpointing: bool, one_thread: None
+    options: dict, one_thread: None
 ):
-    config, sizes = few_layers(4, checkpointing=checkpointing, micro_batch_size=1)
+    config, sizes = few_layers(4, micro_batch_size=1, **options)
     before, added = real_step(config, blank_model(config, sizes, "cpu"))
     plan = rehearse(config, sizes, on_gpu=False).peak.total()
     assert plan - before == pytest.approx(added, rel=0.01)
@@ -168,20 +169,18 @@ def test_one_stage_part_by_part(tmp_path, monkeypatch, capsys):
     assert "GB  activations" in said and said.endswith(f"{found['total_gb']:.2f} GB  at the peak")
 
 
-def test_int8_takes_a_byte_for_each_frozen_weight_but_one_matrix():
-    config, sizes = settled(Config(), 2)
-    layer, vit = 12 * 2560**2, 4 * 1408**2 + 2 * 1408 * 6144
-    weights = 32 * layer + 51200 * 2560 + 39 * vit
-    rows = 32 * 2560 * (3 + 1 + 4 + 1) + 51200 + 39 * (1408 * (3 + 1 + 1) + 6144)
-    peak = with_int8(Counter({"frozen weights": 2 * weights}), config, sizes)
-    assert peak["frozen weights"] == weights + 4 * rows
-    assert peak["int8 made whole"] == 2 * 51200 * 2560  # lm_head
+def test_a_measured_step_stands_beside_the_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training_memory, "measured_peak", lambda config, sizes: 2_345_678_901)
+    arguments = ["stage=1", "preset=mini", "batch_size=2", "measured=1"]
+    found, said = run(arguments, tmp_path, monkeypatch, capsys)
+    assert found["measured_gb"] == 2.35 and said.endswith("    2.35 GB  measured")
 
 
 def test_all_stages_beside_the_goals(tmp_path, monkeypatch, capsys):
-    taken = {6: 24.1, 2: 12.0}  # GB, by the micro-batch
+    taken = {(6, False): 24.1, (2, False): 12.0, (2, True): 8.64}  # GB, by micro-batch and int8
     monkeypatch.setattr(training_memory, "rehearse", lambda config, sizes: SimpleNamespace(
-        peak=Counter({"frozen weights": int(taken[config.micro_batch_size] * 1e9)})))  # fmt: skip
+        peak=Counter(all=int(taken[config.micro_batch_size, config.int8] * 1e9))))  # fmt: skip
     found, said = run(["batch_size=6"], tmp_path, monkeypatch, capsys)
     assert [run["way"] for run in found["runs"]] == 4 * list(GOALS)
     assert [run["micro_batch_size"] for run in found["runs"]] == 4 * [6, 6, 2, 2]
@@ -214,4 +213,4 @@ def test_wrong_arguments_are_one_line(arguments: list[str], said: str, capsys):
 def test_the_plan_is_what_a_gpu_takes():
     config, sizes = few_layers(4, checkpointing=True)
     total = rehearse(config, sizes).peak.total()
-    assert training_memory.measure(config, sizes) == pytest.approx(total, rel=0.1)
+    assert training_memory.measured_peak(config, sizes) == pytest.approx(total, rel=0.1)

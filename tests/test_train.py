@@ -154,7 +154,8 @@ def test_a_short_run_from_the_shipped_backbones(precision, tmp_path, capsys):
     assert "ln(vocabulary)" in told and f"products in {precision}" in told
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_gb"}
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "waiting", "seconds",
+            "peak_memory_gb"}  # fmt: skip
     assert all(set(line) == keys and math.isfinite(line["loss"]) for line in lines)
     assert TinyGPTV.from_pretrained(tmp_path).stage == 1
 
@@ -167,6 +168,34 @@ def test_training_on_records_of_ones_own(tmp_path, capsys: pytest.CaptureFixture
     data.write_text("\n".join([json.dumps(record)] * 8))
     arguments = ["stage=1", "steps=2", "batch_size=4", "num_workers=0", f"data={data}"]
     assert train.main([*arguments, f"out={tmp_path / 'out'}"]) == 0
+
+
+@pytest.mark.parametrize("kind, option, samples", [
+    ("a mixture", "seed=1", 3), ("a mixture", "batch_size=1", 1), ("pictures", "batch_size=2", 2)
+])  # fmt: skip
+def test_training_on_a_folder(kind, option, samples, tmp_path, capsys: pytest.CaptureFixture):
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "a.png")
+    if kind == "a mixture":
+        record = {"image": "a.png", "task": "caption", "caption": "a large red star"}
+        (tmp_path / "mine.jsonl").write_text(json.dumps(record))
+        (tmp_path / "mixture.json").write_text('{"1": {"mine": [1, 3]}}')
+    else:
+        (tmp_path / "a.txt").write_text("a large red star")
+    arguments = ["stage=1", "steps=1", "num_workers=0", option, f"data={tmp_path}"]
+    assert train.main([*arguments, f"out={tmp_path / 'out'}"]) == 0
+    assert f"; 1 steps of {samples} samples at" in capsys.readouterr().out
+
+
+def test_several_record_files_are_drawn_by_their_numbers_of_records(miniature, tmp_path, capsys):
+    for name, count in (("a", 3), ("b", 1)):
+        record = {"task": "instruct", "prompt": "Name a color.", "answer": name}
+        (tmp_path / f"{name}.jsonl").write_text(count * f"{json.dumps(record)}\n")
+    both = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    datasets, ratios, sizes = train.open_data(train.TrainConfig(stage=4, data=both), 2, miniature)
+    assert [rows.records[0]["answer"] for rows in datasets] == ["a", "b"]
+    assert ratios == [3, 1] and sizes == [2, 2]
+    assert train.main(["stage=4", f"data={both},none.jsonl", f"out={tmp_path / 'out'}"]) == 2
+    assert "No such file or directory: 'none.jsonl'" in capsys.readouterr().err
 
 
 def test_rows_fit_the_model():
