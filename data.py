@@ -544,7 +544,7 @@ def encode_sample(
     return {key: torch.tensor(row[key]) for key in row} | {"truncated": truncated}
 
 
-class Encoding(NamedTuple):
+class RowSettings(NamedTuple):
     """What the rows of a run depend on beside their records."""
 
     stage: int
@@ -555,11 +555,11 @@ class Encoding(NamedTuple):
 
 
 def encode_text(
-    record: dict, size: tuple[int, int] | None, rng: random.Random, encoding: Encoding
+    record: dict, size: tuple[int, int] | None, rng: random.Random, settings: RowSettings
 ) -> dict:
     """`encode_sample` of a record. size: (width, height) of its picture, if any. Raises what that
     and `make_sample` do."""
-    stage, tokenizer, _, num_queries, max_length = encoding
+    stage, tokenizer, _, num_queries, max_length = settings
     turns = make_sample(record, stage, rng, size)
     _, end_sym, max_txt_len = STAGES[stage]
     num_images = int(size is not None)
@@ -569,14 +569,14 @@ def encode_text(
 
 
 def encode_record(
-    record: dict, image: Image.Image | None, rng: random.Random, encoding: Encoding
+    record: dict, image: Image.Image | None, rng: random.Random, settings: RowSettings
 ) -> dict:
     """`encode_text` of a record, and raises what that does; with pixel_values (1, 3, S, S) if it
     has a picture."""
     if image is None:
-        return encode_text(record, None, rng, encoding)
-    row = encode_text(record, image.size, rng, encoding)
-    return row | {"pixel_values": preprocess(image, encoding.image_size)[None]}
+        return encode_text(record, None, rng, settings)
+    row = encode_text(record, image.size, rng, settings)
+    return row | {"pixel_values": preprocess(image, settings.image_size)[None]}
 
 
 def collate(rows: list[dict], pad_id: int) -> dict:
@@ -609,8 +609,8 @@ class RecordDataset(Dataset):
     record that cannot be used is replaced by the next; "skipped" in the row says why.
     """
 
-    def __init__(self, records: Sequence[dict], encoding: Encoding, seed: int = 0):
-        self.records, self.encoding, self.seed = records, encoding, seed
+    def __init__(self, records: Sequence[dict], settings: RowSettings, seed: int = 0):
+        self.records, self.settings, self.seed = records, settings, seed
         self._epoch, self._order = -1, np.empty(0)
 
     def __len__(self) -> int:
@@ -623,12 +623,12 @@ class RecordDataset(Dataset):
         epoch, place = divmod(position, len(self.records))
         if epoch != self._epoch:
             self._epoch = epoch
-            draw = np.random.default_rng((self.seed, self.encoding.stage, epoch))
+            draw = np.random.default_rng((self.seed, self.settings.stage, epoch))
             self._order = draw.permutation(len(self))
         record = self.records[self._order[place]]
         image = load_image(record["image"]) if "image" in record else None
         rng = random.Random(f"{self.seed} {position}")
-        return encode_record(record, image, rng, self.encoding)
+        return encode_record(record, image, rng, self.settings)
 
 
 def usable_row(row_of: Callable[[int], dict], positions: Sequence[int]) -> dict:

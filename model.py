@@ -441,7 +441,9 @@ class TinyGPTV(nn.Module):
         if self.config.int8:
             raise ValueError("of a quantized model nothing can be trained or exported; use the one "
                              "that it was made from")  # fmt: skip
-        return {name: p.detach().contiguous() for name, p in self.named_parameters()
+        # copies, for a file holds neither views nor two names of one memory
+        return {name: p.detach().clone(memory_format=torch.contiguous_format)
+                for name, p in self.named_parameters()
                 if is_trainable(name) or name in self.carried}  # fmt: skip
 
     def encode_images(self, pixel_values: Tensor, maps: list[Tensor] | None = None) -> Tensor:

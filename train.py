@@ -42,8 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import IGNORE, Encoding, RecordDataset, collate, read_folder, read_records
-from experiments.command_line import exit_code, key_values
+from data import IGNORE, RecordDataset, RowSettings, collate, read_folder, read_records
+from experiments.command_line import check_device, exit_code, key_values
 from experiments.run_log import RunLog, draw_run
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
@@ -203,9 +203,9 @@ def mixture_batches(
             yield [(which, place) for place in range(first + rank, used[which], world_size)]
 
 
-def encoding_of(model: TinyGPTV) -> Encoding:
+def settings_of(model: TinyGPTV) -> RowSettings:
     """What the rows of the model's stage depend on."""
-    return Encoding(
+    return RowSettings(
         model.stage, model.tokenizer, model.image_size, model.config.qformer.num_queries,
         model.config.phi.max_position_embeddings,
     )  # fmt: skip
@@ -214,18 +214,18 @@ def encoding_of(model: TinyGPTV) -> Encoding:
 def open_data(config: TrainConfig, batch_size: int, model: TinyGPTV) -> tuple[list, list, list]:
     """The datasets that a stage learns from, how often each is drawn, and its batch size. Several
     record files are drawn in proportion to their numbers of records."""
-    encoding = encoding_of(model)
+    settings = settings_of(model)
     if config.data == "world":
-        datasets, ratios = world_mixture(encoding, config.seed)
+        datasets, ratios = world_mixture(settings, config.seed)
     elif has_mixture(config.data):
         datasets, ratios, batch_sizes = folder_mixture(
-            config.data, encoding, config.seed, config.allow_missing
+            config.data, settings, config.seed, config.allow_missing
         )
         return datasets, ratios, [config.batch_size or size for size in batch_sizes]
     else:
         paths = config.data.split(",")
         parts = [read_folder(path) if os.path.isdir(path) else read_records(path) for path in paths]
-        datasets = [RecordDataset(records, encoding, config.seed) for records in parts]
+        datasets = [RecordDataset(records, settings, config.seed) for records in parts]
         ratios = list(map(len, datasets))
     return datasets, ratios, [batch_size] * len(datasets)
 
@@ -644,12 +644,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     for key in ("steps", "batch_size", "micro_batch_size", "grad_clip", "num_workers", "seed"):
         if not 0 <= getattr(config, key) < math.inf:
             raise ValueError(f"{key}={getattr(config, key)}: it has to be 0 or more")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here; leave it out to use the CPU")
-    try:
-        torch.empty(0, device=config.device)
-    except RuntimeError as error:
-        raise ValueError(f"device={config.device}: {first_words(error)}") from None
+    check_device(config.device)
     return config
 
 

@@ -68,7 +68,6 @@ from official.checkpoints import replace_file
 from train import (
     MixtureDataset,
     TrainConfig,
-    encoding_of,
     enter_stage,
     fastest_precision,
     learning_rate,
@@ -77,6 +76,7 @@ from train import (
     new_optimizer,
     schedule_of,
     set_trainable,
+    settings_of,
     to_device,
     train_step,
 )
@@ -261,9 +261,9 @@ def pool_mixture(
     model: TinyGPTV, ratios: dict[str, int], view: str, seed: int, pool: Pool
 ) -> MixtureDataset:
     """The datasets that the model's stage draws from, in the order of `ratios`."""
-    encoding = encoding_of(model)
+    settings = settings_of(model)
     vectors = pool[f"{view} {model.image_size}"]
-    return MixtureDataset([PoolDataset(task, encoding, seed, vectors) for task in ratios])
+    return MixtureDataset([PoolDataset(task, settings, seed, vectors) for task in ratios])
 
 
 def run_stage(

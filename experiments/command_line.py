@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it was memory that an error is about; torch says so in several words."""
-    words = "out of memory", "can't allocate memory"
+    words = "out of memory", "can't allocate memory", "Cannot allocate memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import Encoding, encode_text, preprocess
+from data import RowSettings, encode_text, preprocess
 from miniature import draw, world
 from miniature.stream import record_about
 from model import TinyGPTV, autocast
@@ -87,16 +87,16 @@ class PoolDataset(Dataset):
     depend on (seed, task, stage, position) alone. vectors (scenes, 32, features) stand in the
     place of pixel_values."""
 
-    def __init__(self, task: str, encoding: Encoding, seed: int, vectors: Tensor):
-        self.task, self.encoding, self.seed, self.vectors = task, encoding, seed, vectors
+    def __init__(self, task: str, settings: RowSettings, seed: int, vectors: Tensor):
+        self.task, self.settings, self.seed, self.vectors = task, settings, seed, vectors
 
     def __getitem__(self, position: int) -> dict:
-        size = self.encoding.image_size
-        rng = random.Random(f"{self.seed} {self.task} {self.encoding.stage} {position}")
+        size = self.settings.image_size
+        rng = random.Random(f"{self.seed} {self.task} {self.settings.stage} {position}")
         number = rng.randrange(len(self.vectors))
         scene = world.sample_scene(FIRST_SCENE + number, "train")
         record = record_about(scene, rng, self.task, size)
-        row = encode_text(record, (size, size), rng, self.encoding)
+        row = encode_text(record, (size, size), rng, self.settings)
         return row | {"pixel_values": self.vectors[number][None]}
 
 

@@ -38,8 +38,10 @@ NEW_TOKENS = 33
 
 @dataclass
 class Config:
-    weights: str = ""
-    int8: str = ""
+    """The folders that are compared; options as key=value."""
+
+    weights: str = ""  # of the official files
+    int8: str = ""  # what quantize.py has made of them
 
 
 def status_gb(key: str) -> float:
@@ -49,6 +51,7 @@ def status_gb(key: str) -> float:
 
 
 def measure(weights: str, pack: bool) -> dict[str, float]:
+    """Memory of this process in GB: at first, with the model, after an answer, at the most."""
     found = {"program": status_gb("VmRSS")}
     model = TinyGPTV.from_pretrained(weights, pack=pack)
     found["loaded"] = status_gb("VmRSS")
@@ -86,6 +89,7 @@ def measured(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
+    """Memory of answers if folders are named, else of training. Exit code as in `report`."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if not given.get("weights") and given.get("int8", "") in ("", "0", "1"):  # no folder
         return training_memory.main(arguments)

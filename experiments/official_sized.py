@@ -46,6 +46,8 @@ NEW_TOKENS = 33
 
 @dataclass
 class Config:
+    """Where and in which precisions; options as key=value."""
+
     folder: str = ""  # where the files are, or are to be written; default: temporary
     dtypes: str = "bf16,fp32"
 
@@ -54,6 +56,7 @@ class Config:
 
 
 def read_manifest(name: str) -> dict:
+    """What is known of an official file: tests/golden/manifests/."""
     return json.loads((GOLDEN / "manifests" / f"{name}.json").read_text("utf-8"))
 
 
@@ -132,6 +135,7 @@ def write_apart(folder: Path) -> None:
 
 
 def write_or_tell(folder: Path) -> None:
+    """`write_files` as a process of its own, with an exit code."""
     sys.exit(exit_code(lambda: write_files(folder)))
 
 
@@ -263,6 +267,7 @@ def measure_all(config: Config) -> dict:
 
 
 def main(arguments: list[str]) -> int:
+    """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
     return report(arguments, Config, measure_all, RESULT, places=("folder",))
 
 

@@ -44,6 +44,8 @@ PROMPT, NEW_TOKENS, CAPTION_TOKENS = 64, 8, 25  # a caption of 20 words has abou
 
 @dataclass
 class Config:
+    """What is measured; options as key=value."""
+
     layers: int = 0  # of Phi and of the ViT; 0: all
     rounds: int = 5
     weights: str = ""  # a folder that quantize.py has written at full size
@@ -79,6 +81,7 @@ def int8_copy(model: TinyGPTV) -> TinyGPTV:
 
 
 def packed_copy(int8: TinyGPTV) -> TinyGPTV:
+    """The same model, ready for the CPU's int8 unit."""
     with torch.device("meta"):
         copy = TinyGPTV(int8.config)
     copy.load_state_dict(int8.state_dict(), assign=True)
@@ -276,6 +279,7 @@ def rounded(value: object) -> object:
 
 
 def cpu_name() -> str:
+    """The CPU's name and those of its units that matter here."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     name = re.search(r"model name\s*: (.+)", text)

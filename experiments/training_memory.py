@@ -58,6 +58,8 @@ GOALS = {"plain": 24, "checkpointing": 14, "micro-batches": 12, "int8": 8}
 
 @dataclass
 class Config:
+    """The step that is planned; options as key=value."""
+
     stage: int = 0  # 1 to 4; default: all of them
     preset: str = "full"  # or "mini"
     batch_size: int = 0  # default: the schedule's
@@ -165,6 +167,7 @@ def like_a_gpu(model: nn.Module) -> None:
 
 
 def one_kernel(norm: RMSNorm, x: Tensor) -> Tensor:
+    """In the place of RMSNorm's forward: a kernel that keeps as much as a GPU's."""
     return F.layer_norm(x.float(), norm.weight.shape, norm.weight, None, norm.eps)
 
 
@@ -203,6 +206,7 @@ def used_optimizer(model: TinyGPTV) -> torch.optim.AdamW:
 
 
 def trained(model: TinyGPTV) -> list[nn.Parameter]:
+    """The parameters that learn."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

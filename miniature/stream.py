@@ -4,7 +4,7 @@ import random
 
 from torch.utils.data import Dataset
 
-from data import Encoding, encode_record, plain_turns
+from data import RowSettings, encode_record, plain_turns
 from miniature import world
 
 # How often each kind of record is drawn, as the official mixtures say it of their datasets.
@@ -28,17 +28,17 @@ class WorldDataset(Dataset):
     """Rows of one task. The scene depends on (stage, task, position) alone, its wording on the
     seed, too."""
 
-    def __init__(self, task: str, encoding: Encoding, seed: int):
-        self.task, self.encoding, self.seed = task, encoding, seed
-        number = 10 * encoding.stage + (*world.TASKS, "chat").index(task)
+    def __init__(self, task: str, settings: RowSettings, seed: int):
+        self.task, self.settings, self.seed = task, settings, seed
+        number = 10 * settings.stage + (*world.TASKS, "chat").index(task)
         self.first = FIRST_SEED + number * SEEDS_PER_TASK
 
     def __getitem__(self, position: int) -> dict:
         scene = world.sample_scene(self.first + position, "train")
-        rng = random.Random(f"{self.seed} {self.task} {self.encoding.stage} {position}")
-        size = self.encoding.image_size
+        rng = random.Random(f"{self.seed} {self.task} {self.settings.stage} {position}")
+        size = self.settings.image_size
         record = record_about(scene, rng, self.task, size)
-        return encode_record(record, world.render(scene, size), rng, self.encoding)
+        return encode_record(record, world.render(scene, size), rng, self.settings)
 
 
 def record_about(scene: world.Scene, rng: random.Random, task: str, size: int) -> dict:
@@ -61,7 +61,7 @@ def conversation(scene: world.Scene, rng: random.Random, size: int) -> dict:
     return {"task": "chat", "turns": turns}
 
 
-def world_mixture(encoding: Encoding, seed: int) -> tuple[list[WorldDataset], list[float]]:
+def world_mixture(settings: RowSettings, seed: int) -> tuple[list[WorldDataset], list[float]]:
     """The datasets of a stage and the ratios in which a step draws one of them."""
-    ratios = RATIOS[encoding.stage]
-    return [WorldDataset(task, encoding, seed) for task in ratios], list(ratios.values())
+    ratios = RATIOS[settings.stage]
+    return [WorldDataset(task, settings, seed) for task in ratios], list(ratios.values())

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import (
-    Encoding, RecordDataset, encode_record, is_file_name, load_image, printable, read_records,
+    RecordDataset, RowSettings, encode_record, is_file_name, load_image, printable, read_records,
     usable_row, validate_record,
 )  # fmt: skip
 
@@ -46,8 +46,8 @@ class ShardDataset(Dataset):
     processes learn just what one does with a batch n times as large.
     """
 
-    def __init__(self, shards: list[Path], encoding: Encoding, seed: int = 0):
-        self.shards, self.encoding, self.seed = shards, encoding, seed
+    def __init__(self, shards: list[Path], settings: RowSettings, seed: int = 0):
+        self.shards, self.settings, self.seed = shards, settings, seed
         # The largest shard is not one that was cut. What others have beyond its number of pairs
         # is left to their next visit; those that have fewer begin again.
         self.visit = len(read_index(max(shards, key=os.path.getsize)))
@@ -57,7 +57,7 @@ class ShardDataset(Dataset):
 
     def _row(self, position: int) -> dict:
         visit, place = divmod(position, self.visit)
-        draw = np.random.default_rng((self.seed, self.encoding.stage, visit))
+        draw = np.random.default_rng((self.seed, self.settings.stage, visit))
         shard = self.shards[draw.integers(len(self.shards))]
         try:
             pairs = read_index(shard)
@@ -66,7 +66,7 @@ class ShardDataset(Dataset):
         except OSError as error:
             raise ValueError(f"cannot read a shard: {error}") from error
         rng = random.Random(f"{self.seed} {position}")
-        return encode_record(record, image, rng, self.encoding)
+        return encode_record(record, image, rng, self.settings)
 
 
 @lru_cache(maxsize=4)
@@ -157,14 +157,14 @@ def find_dataset(folder: Path, name: str) -> list[Path]:
 
 
 def folder_mixture(
-    folder: str | Path, encoding: Encoding, seed: int, allow_missing: bool = False
+    folder: str | Path, settings: RowSettings, seed: int, allow_missing: bool = False
 ) -> tuple[list[Dataset], list[float], list[int]]:
     """The datasets of a stage in a folder, how often each is drawn, and its batch size.
 
     Raises ValueError if datasets are missing, unless they are allowed to and not all are.
     """
     folder = Path(folder)
-    mixture = read_mixture(folder, encoding.stage)
+    mixture = read_mixture(folder, settings.stage)
     found = {name: find_dataset(folder, name) for name in mixture}
     present = [name for name in mixture if found[name]]
     if missing := [name for name in mixture if not found[name]]:
@@ -174,12 +174,12 @@ def folder_mixture(
                 f"{words}; make them with official/convert.py, go on without them with "
                 f"allow_missing=1, or say in {folder / 'mixture.json'} what there is"
             )
-        print(f"{words}; stage {encoding.stage} goes on without them", file=sys.stderr)
+        print(f"{words}; stage {settings.stage} goes on without them", file=sys.stderr)
     datasets: list[Dataset] = []
     for name in present:
         if found[name][0].suffix == ".tar":
-            datasets.append(ShardDataset(found[name], encoding, seed))
+            datasets.append(ShardDataset(found[name], settings, seed))
         else:
-            datasets.append(RecordDataset(read_records(found[name][0]), encoding, seed))
+            datasets.append(RecordDataset(read_records(found[name][0]), settings, seed))
     ratios, batch_sizes = zip(*(mixture[name] for name in present))
     return datasets, list(ratios), list(batch_sizes)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Encoding, collate, encode_record
+from data import RowSettings, collate, encode_record
 from experiments import ablation, ablation_report
 from experiments.ablation import ConstantNorm, Variant, make_constant, text_embeds
 from experiments.encoded_scenes import FIRST_SCENE, PoolDataset, encode_scenes, on_queries
@@ -57,8 +57,8 @@ def entered(model: TinyGPTV, stage: int, variant: Variant) -> TinyGPTV:
 
 def rows_of(model: TinyGPTV, task: str, stage: int, vectors: torch.Tensor) -> PoolDataset:
     num_queries = model.config.qformer.num_queries
-    encoding = Encoding(stage, model.tokenizer, model.image_size, num_queries)
-    return PoolDataset(task, encoding, 0, vectors)
+    settings = RowSettings(stage, model.tokenizer, model.image_size, num_queries)
+    return PoolDataset(task, settings, 0, vectors)
 
 
 def pixel_row(model: TinyGPTV, task: str, stage: int, position: int, scenes: int) -> dict:
@@ -67,7 +67,7 @@ def pixel_row(model: TinyGPTV, task: str, stage: int, position: int, scenes: int
     scene, size = world.sample_scene(FIRST_SCENE + rng.randrange(scenes), "train"), model.image_size
     record = stream.record_about(scene, rng, task, size)
     image = world.render(scene, size)
-    return encode_record(record, image, rng, Encoding(stage, model.tokenizer, size, 32))
+    return encode_record(record, image, rng, RowSettings(stage, model.tokenizer, size, 32))
 
 
 def one_step(model: TinyGPTV, rows: list[dict]) -> tuple[float, float]:

@@ -496,7 +496,7 @@ def test_left_padding():
 
 def dataset(folder, phi, lines, **options):
     records = data.read_records(write_records(folder, lines))
-    return data.RecordDataset(records, data.Encoding(4, phi, 28, 4), **options)
+    return data.RecordDataset(records, data.RowSettings(4, phi, 28, 4), **options)
 
 
 def test_positions_fix_the_rows_and_every_epoch_has_all_records(tmp_path, phi):
@@ -533,7 +533,7 @@ def test_unusable_records_are_replaced_and_counted(tmp_path, phi):
 def test_records_that_the_model_has_no_positions_for_are_passed_over(tmp_path, phi):
     lines = [{"task": "instruct", "prompt": f"say{' so' * n}", "answer": "x"} for n in (1, 99)]
     records = data.read_records(write_records(tmp_path, lines))
-    rows = data.RecordDataset(records, data.Encoding(4, phi, 28, 4, max_length=50))
+    rows = data.RecordDataset(records, data.RowSettings(4, phi, 28, 4, max_length=50))
     batch = data.collate([rows[n] for n in range(4)], phi.pad_token_id)
     assert batch["input_ids"].shape[1] < 50 and len(batch["skipped"]) >= 2
     assert all(reason.endswith("pictures included, but 50 fit") for reason in batch["skipped"])

@@ -144,7 +144,7 @@ def test_a_seed_means_the_same_records_on_every_machine(tmp_path):
     write_tokenizer(tmp_path)
     records, tokenizer = data.read_records(tmp_path / "a.jsonl"), data.Tokenizer(tmp_path)
     for stage, order in ((3, "3201424301"), (4, "1340232140")):  # each stage has its own
-        rows = data.RecordDataset(records, data.Encoding(stage, tokenizer, 28, 2), seed=42)
+        rows = data.RecordDataset(records, data.RowSettings(stage, tokenizer, 28, 2), seed=42)
         labels = [rows[n]["labels"] for n in range(10)]
         said = [tokenizer.decode(row[row != data.IGNORE].tolist()) for row in labels]
         assert said == [f"{digit}###" for digit in order]

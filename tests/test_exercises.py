@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import data
 import lora
 from bridge import QFORMER_PRESETS, QFormerConfig
-from data import Encoding, Tokenizer, collate, encode_record, inference_prompt
+from data import RowSettings, Tokenizer, collate, encode_record, inference_prompt
 from miniature import world
 from model import TinyGPTV
 from train import enter_stage, set_trainable
@@ -26,11 +26,11 @@ WEIGHTS = "miniature/weights"
 def batch() -> dict[str, Tensor]:
     """Four pictures of the world with their captions, as stage 1 learns from them."""
     tokenizer, rows = Tokenizer(WEIGHTS), []
-    encoding = Encoding(1, tokenizer, 112, 32)
+    settings = RowSettings(1, tokenizer, 112, 32)
     for seed in range(4):
         scene = world.sample_scene(seed, "train")
         record, image = world.caption_record(scene), world.render(scene, 112)
-        rows.append(encode_record(record, image, random.Random(0), encoding))
+        rows.append(encode_record(record, image, random.Random(0), settings))
     names = ("input_ids", "labels", "attention_mask", "pixel_values")
     collated = collate(rows, tokenizer.pad_token_id)
     return {name: collated[name] for name in names}
@@ -91,8 +91,8 @@ def test_a_new_task(monkeypatch):
     prompt = "[INST] <Img><ImageHere></Img> [title] name this image  [/INST]"
     assert inference_prompt("title", "", stage=4) == prompt
     record, image = {"task": "title", "caption": "Three Shapes"}, Image.new("RGB", (64, 64))
-    encoding = Encoding(4, Tokenizer(WEIGHTS), 224, 32)
-    row = encode_record(record, image, random.Random(0), encoding)
+    settings = RowSettings(4, Tokenizer(WEIGHTS), 224, 32)
+    row = encode_record(record, image, random.Random(0), settings)
     answer = row["input_ids"][row["labels"] >= 0]
     assert Tokenizer(WEIGHTS).decode(answer.tolist()) == "Three Shapes###"
 

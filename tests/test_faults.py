@@ -132,7 +132,7 @@ COVERED = """
 25 a row of zeros in int8
     test_quantize.py::test_rows_of_nothing_and_of_almost_nothing
 26 views in a checkpoint
-    test_faults.py::test_views_are_saved_as_wholes
+    test_faults.py::test_views_and_shared_memory_are_saved_as_wholes
 27 ids without text, half characters
     test_generate.py::test_ids_without_text_are_never_drawn
     test_generate.py::test_streaming_equals_decoding_and_holds_half_characters_back
@@ -298,15 +298,18 @@ def test_what_is_saved_are_tensors_and_plain_values(small, tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["stage"] == 4
 
 
-def test_views_are_saved_as_wholes(small, tmp_path):
+def test_views_and_shared_memory_are_saved_as_wholes(small, tmp_path):
     model = TinyGPTV.from_pretrained(small)
     weight = model.projector.fc1.weight
     weight.data = weight.data.T.contiguous().T  # lies in memory column by column
     assert not weight.is_contiguous()
+    first, second = (layer.input_layernorm.weight for layer in model.phi.layers[:2])
+    second.data = first.data
     save_checkpoint(model, tmp_path / "a")
     export.export_checkpoint(model, model.checkpoint_tensors(), tmp_path / "a.pth")
     again = TinyGPTV.from_pretrained(tmp_path / "a")
     assert torch.equal(again.projector.fc1.weight, weight)
+    assert torch.equal(again.phi.layers[1].input_layernorm.weight, first)
 
 
 def killed_while_saving(path: Path) -> None:

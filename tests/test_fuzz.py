@@ -150,7 +150,7 @@ def records_target(folder: Path) -> Target:
     tokenizer = tokenizer_of(folder)
 
     def read():
-        rows = data.RecordDataset(data.read_records(path), data.Encoding(4, tokenizer, 28, 4))
+        rows = data.RecordDataset(data.read_records(path), data.RowSettings(4, tokenizer, 28, 4))
         try:
             use_tensors({"rows": rows[0]["input_ids"]})
         except ValueError as error:  # of a box outside its picture; the run has counted it
@@ -181,7 +181,7 @@ def shard_target(folder: Path, format: int) -> Target:
 
     def read():
         read_index.cache_clear()
-        rows = ShardDataset([path], data.Encoding(1, tokenizer, 28, 4))
+        rows = ShardDataset([path], data.RowSettings(1, tokenizer, 28, 4))
         for reason in [reason for n in range(4) for reason in rows[n]["skipped"]]:
             assert str(path) in reason and reason.isprintable()
 

@@ -113,7 +113,7 @@ def test_shards_run_no_code_and_write_nothing(payload, tmp_path, monkeypatch):
         tar.addfile(link)
     before = {path for path in tmp_path.parent.rglob("*")}
     stream.read_index.cache_clear()
-    rows = stream.ShardDataset([shard], data.Encoding(1, data.Tokenizer(SHIPPED), 28, 4))
+    rows = stream.ShardDataset([shard], data.RowSettings(1, data.Tokenizer(SHIPPED), 28, 4))
     with pytest.raises(ValueError, match="20 records in a row cannot be used; the first: .*0.tar"):
         rows[0]
     assert {path for path in tmp_path.parent.rglob("*")} == before

@@ -29,7 +29,7 @@ def shards(tmp_path, phi):
 
     def make(*sizes, stage=1, seed=0):
         paths = [write_shard(tmp_path / f"{n}.tar", size) for n, size in enumerate(sizes)]
-        return stream.ShardDataset(paths, data.Encoding(stage, phi, 28, 4), seed)
+        return stream.ShardDataset(paths, data.RowSettings(stage, phi, 28, 4), seed)
 
     stream.read_index.cache_clear()
     return make
@@ -72,7 +72,7 @@ def answer(phi, row):
 @pytest.mark.parametrize("name", ["laion", "cc_sbu"])
 def test_pairs_are_the_official_ones(name, phi):
     paths = sorted((GOLDEN / "data" / name).glob("*.tar"))
-    rows = stream.ShardDataset(paths, data.Encoding(1, phi, 28, 4))
+    rows = stream.ShardDataset(paths, data.RowSettings(1, phi, 28, 4))
     seen = {answer(phi, row).rstrip("\n"): row for row in (rows[n] for n in range(24))}
     assert set(seen) == {sample["answer"] for sample in EXPECTED[name]["samples"]}
     for sample in EXPECTED[name]["samples"]:
@@ -170,7 +170,7 @@ def test_a_damaged_header_in_the_middle_is_noticed(shards):
 def test_useless_pairs_are_skipped_and_named(tmp_path, phi, members, reason):
     good = {"8.jpg": picture(1), "8.json": caption("good")}
     path = write_tar(tmp_path / "0.tar", members | good)
-    rows = stream.ShardDataset([path], data.Encoding(1, phi, 28, 4))
+    rows = stream.ShardDataset([path], data.RowSettings(1, phi, 28, 4))
     batch = data.collate([rows[n] for n in range(20)], phi.pad_token_id)
     assert {answer(phi, {"labels": labels}) for labels in batch["labels"]} == {"good\n"}
     assert len(batch["skipped"]) >= 10  # in each visit one
@@ -182,7 +182,7 @@ def test_other_pictures_and_folders(tmp_path, phi):
         "a/1.JPEG": picture(1), "a/1.json": caption("one"),
         "b/1.png": picture(1, "PNG"), "b/1.json": caption("two"),
     })  # fmt: skip
-    rows = stream.ShardDataset([path], data.Encoding(1, phi, 28, 4))
+    rows = stream.ShardDataset([path], data.RowSettings(1, phi, 28, 4))
     assert {answer(phi, rows[n]) for n in range(2)} == {"one\n", "two\n"}
 
 
@@ -197,7 +197,7 @@ def test_a_shard_that_vanished_is_skipped(shards, phi):
 def test_shards_without_a_pair(tmp_path, phi):
     paths = [write_tar(tmp_path / "0.tar", {}), tmp_path / "1.tar"]
     paths[1].write_text("<html>")
-    rows = stream.ShardDataset(paths, data.Encoding(1, phi, 28, 4))
+    rows = stream.ShardDataset(paths, data.RowSettings(1, phi, 28, 4))
     with pytest.raises(ValueError, match="20 records in a row cannot be used; .*[01].tar"):
         rows[0]
 
@@ -241,22 +241,26 @@ def folder(tmp_path):
 
 def test_missing_datasets_are_all_listed(folder, phi, capsys):
     with pytest.raises(ValueError, match="for cc_sbu; make them .*allow_missing=1.*mixture.json"):
-        stream.folder_mixture(folder, data.Encoding(1, phi, 28, 4), 0)
+        stream.folder_mixture(folder, data.RowSettings(1, phi, 28, 4), 0)
     with pytest.raises(ValueError) as error:
-        stream.folder_mixture(folder, data.Encoding(4, phi, 28, 4), 0)
+        stream.folder_mixture(folder, data.RowSettings(4, phi, 28, 4), 0)
     assert all(name in str(error.value) for name in STAGE_4.keys() - {"gqa"})
     assert "gqa," not in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cc_sbu_align"):  # nothing would be left
-        stream.folder_mixture(folder, data.Encoding(3, phi, 28, 4), 0, allow_missing=True)
+        stream.folder_mixture(folder, data.RowSettings(3, phi, 28, 4), 0, allow_missing=True)
     assert capsys.readouterr().err == ""
 
 
 def test_missing_datasets_leave_the_mixture_if_they_may(folder, phi, capsys):
-    datasets, ratios, sizes = stream.folder_mixture(folder, data.Encoding(1, phi, 28, 4), 7, True)
+    datasets, ratios, sizes = stream.folder_mixture(
+        folder, data.RowSettings(1, phi, 28, 4), 7, True
+    )
     assert (ratios, sizes) == ([115], [64]) and "NAME/*.tar for cc_sbu; " in capsys.readouterr().err
     assert isinstance(datasets[0], stream.ShardDataset) and datasets[0].seed == 7
     assert answer(phi, datasets[0][4]).startswith("shard ")
-    datasets, ratios, sizes = stream.folder_mixture(folder, data.Encoding(4, phi, 28, 4), 7, True)
+    datasets, ratios, sizes = stream.folder_mixture(
+        folder, data.RowSettings(4, phi, 28, 4), 7, True
+    )
     assert (ratios, sizes) == ([50], [6])
     assert answer(phi, datasets[0][4]) == "gqa###" and datasets[0].seed == 7
 
@@ -264,7 +268,7 @@ def test_missing_datasets_leave_the_mixture_if_they_may(folder, phi, capsys):
 def test_a_folder_has_its_own_mixture(folder, phi):
     own = {"4": {"mine": [2, 3], "laion": [0.5, 8]}}
     (folder / "mixture.json").write_text(json.dumps(own))
-    datasets, ratios, sizes = stream.folder_mixture(folder, data.Encoding(4, phi, 28, 4), 0)
+    datasets, ratios, sizes = stream.folder_mixture(folder, data.RowSettings(4, phi, 28, 4), 0)
     assert (ratios, sizes) == ([2, 0.5], [3, 8])
     assert [type(dataset).__name__ for dataset in datasets] == ["RecordDataset", "ShardDataset"]
     assert answer(phi, datasets[0][0]) == "mine###" and answer(phi, datasets[1][0]).endswith("###")
@@ -277,7 +281,7 @@ def test_a_folder_has_its_own_mixture(folder, phi):
 def test_bad_mixtures_are_refused(folder, phi, content):
     (folder / "mixture.json").write_text(content)
     with pytest.raises(ValueError, match="mixture.json") as error:
-        stream.folder_mixture(folder, data.Encoding(4, phi, 28, 4), 0)
+        stream.folder_mixture(folder, data.RowSettings(4, phi, 28, 4), 0)
     assert "\n" not in str(error.value)
 
 

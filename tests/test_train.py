@@ -205,8 +205,8 @@ def test_rows_fit_the_model():
     model.tokenizer = None
     datasets, _, _ = train.open_data(train.TrainConfig(stage=4), 4, model)
     for rows in datasets:
-        assert rows.encoding.max_length == model.config.phi.max_position_embeddings == 512
-        assert rows.encoding.image_size == 224 and rows.encoding.num_queries == 32
+        assert rows.settings.max_length == model.config.phi.max_position_embeddings == 512
+        assert rows.settings.image_size == 224 and rows.settings.num_queries == 32
 
 
 def test_mixture_takes_every_position_once_in_the_ratio_of_the_datasets():
