@@ -47,10 +47,10 @@ from experiments.command_line import check_device, exit_code, key_values
 from experiments.run_log import RunLog, draw_run
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
-from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV
-from model import autocast, half_dtype, is_trainable
-from official.checkpoints import replace_file, save_checkpoint, tensors_fingerprint
-from official.load import first_words
+from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV, autocast, half_dtype, is_trainable
+from official.checkpoints import (
+    first_words, replace_file, save_checkpoint, tensors_fingerprint,
+)  # fmt: skip
 from official.stream import folder_mixture, has_mixture
 from quantize import quantize_model
 
