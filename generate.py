@@ -33,7 +33,7 @@ from torch import Tensor
 
 from data import STAGES, Tokenizer, check_request, encode_prompt, inference_prompt
 from data import left_pad_collate, load_image, preprocess
-from experiments.command_line import Parser, exit_code
+from experiments.command_line import Parser, check_device, exit_code
 from experiments.pictures import answer_attention, boxes_of, check_picture_name
 from experiments.pictures import draw_answer, draw_attention
 from model import DTYPES, KVCache, Phi, TinyGPTV, autocast
@@ -366,18 +366,11 @@ def request_of(task: str | None, ask: str | None) -> tuple[str, str]:
     return task, ask or ""
 
 
-def check_machine(device: str, dtype: str | None) -> None:
-    """Raises ValueError unless the device is there and can compute with the dtype."""
-    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device)
-    if backend is not None and not backend.is_available():
-        raise ValueError(f"--device {device}: torch finds no such device here; use --device cpu")
-    if device == "cpu" and dtype == "fp16":
-        raise ValueError("--dtype fp16: a CPU multiplies fp16 very slowly; use bf16 or fp32")
-
-
 def check_options(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together, or files that can't be written."""
-    check_machine(arguments.device, arguments.dtype)
+    check_device(arguments.device, "--device ")
+    if arguments.device == "cpu" and arguments.dtype == "fp16":
+        raise ValueError("--dtype fp16: a CPU multiplies fp16 very slowly; use bf16 or fp32")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: say 1 or more")
     asked_about, total = {path.resolve() for path in arguments.img}, len(arguments.img)

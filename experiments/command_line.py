@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether it was memory that an error is about; torch says so in several words."""
     words = "out of memory", "can't allocate memory", "Cannot allocate memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
@@ -75,14 +75,15 @@ def key_values(arguments: list[str], config_class: type) -> dict:
     return given
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError for a device= that torch can't compute on here."""
+def check_device(device: str, option: str = "device=") -> None:
+    """Raises ValueError for a device that torch can't compute on here. option: what stands before
+    it on the command line."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no GPU here; leave it out to use the CPU")
+        raise ValueError(f"{option}{device}: torch sees no GPU here; leave it out to use the CPU")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):  # the last two: torch was built without it
-        told = f"device={device}: torch can't compute on that here; say cpu, cuda or mps"
+        told = f"{option}{device}: torch can't compute on that here; say cpu, cuda or mps"
         raise ValueError(told) from None
 
 

@@ -411,6 +411,8 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, FileNotFoundError) or is_out_of_memory(error):
+            raise  # about what is read meanwhile, or about memory
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # by who writes
             raise OSError(f"cannot write {path} ({error}); nothing else has changed") from error
         raise

@@ -308,6 +308,14 @@ class Filling:
             begun[name] = value.to(self.device)
         return begun
 
+    def rest(self, has_checkpoint: bool) -> Tensors:
+        """What no file needs to have; then the report is complete."""
+        begun = self.begin_the_rest(has_checkpoint)
+        yield from begun.items()
+        lines = [self.report(file) for file in self.files]
+        lines += closing_lines(self.model, len(begun), has_checkpoint)
+        self.model.load_report = "\n".join(lines)
+
     def missing(self, name: str) -> ValueError:
         """The error about a tensor that no file holds: its name there, and where it belongs."""
         parts = PARTS_OF[name.split(".")[0]]
@@ -398,18 +406,13 @@ def read_official(
     filling: Filling, parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None
 ) -> Tensors:
     """The tensors of the checkpoint, of the other files, and what none of them has."""
-    model = filling.model
     if checkpoint:
         yield from filling.take([checkpoint])
         filling.check_trained(checkpoint)
-        model.carried = {name for name in filling.source if not is_trainable(name)}
+        filling.model.carried = {name for name in filling.source if not is_trainable(name)}
     for files in parts.values():
         yield from filling.take(files)
-    begun = filling.begin_the_rest(checkpoint is not None)
-    yield from begun.items()
-    files = [file for files in parts.values() for file in files] + [checkpoint] * bool(checkpoint)
-    lines = [filling.report(file) for file in files]
-    model.load_report = "\n".join(lines + closing_lines(model, len(begun), bool(checkpoint)))
+    yield from filling.rest(has_checkpoint=checkpoint is not None)
 
 
 def read_backbones(
@@ -424,11 +427,7 @@ def read_backbones(
     filling.source = dict.fromkeys(own, Path())
     for files in parts.values():
         yield from filling.take(files)
-    has_checkpoint = model.stage > 0
-    begun = filling.begin_the_rest(has_checkpoint)
-    yield from begun.items()
-    lines = [filling.report(file) for file in filling.files]
-    model.load_report = "\n".join(lines + closing_lines(model, len(begun), has_checkpoint))
+    yield from filling.rest(has_checkpoint=model.stage > 0)
 
 
 def closing_lines(model: TinyGPTV, begun: int, has_checkpoint: bool) -> list[str]:

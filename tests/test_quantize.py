@@ -459,6 +459,14 @@ def test_what_was_begun_is_taken_away_after_an_error(tmp_path, capsys):
     assert quantize.main(["--weights", str(WEIGHTS), "--out", str(tmp_path / "a")]) == 0
 
 
+def test_a_missing_file_of_the_source_is_named(tmp_path, capsys):
+    source = shutil.copytree(WEIGHTS, tmp_path / "source")
+    (source / "phi.safetensors").unlink()
+    told = failure(capsys, "--weights", source, "--out", tmp_path / "a")
+    assert "phi.safetensors is missing" in told and "cannot write" not in told
+    assert list((tmp_path / "a").iterdir()) == []
+
+
 def test_a_quantized_model_is_not_saved_or_trained(int8_directory, tmp_path):
     with pytest.raises(ValueError, match="use the one that it was made from"):
         save_checkpoint(TinyGPTV.from_pretrained(int8_directory), tmp_path)
