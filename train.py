@@ -24,8 +24,6 @@ import itertools
 import math
 import os
 import random
-import re
-import resource
 import shutil
 import signal
 import sys
@@ -40,11 +38,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data import IGNORE, RecordDataset, RowSettings, collate, read_folder, read_records
 from experiments.command_line import check_device, exit_code, key_values
 from experiments.run_log import RunLog, draw_run
+from experiments.workers import batches_from_workers
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV, autocast, half_dtype, is_trainable
@@ -101,10 +100,10 @@ class Schedule:
     def steps(self) -> int:
         return self.cycles * self.epochs * self.steps_per_epoch
 
-    def position(self, step: int) -> tuple[int, int, int]:
-        """The cycle and the epoch that a step lies in, and its number in the epoch."""
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch of its cycle that a step lies in, and its number in that epoch."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
-        return *divmod(epoch, self.epochs), in_epoch
+        return epoch % self.epochs, in_epoch
 
 
 # The official numbers. Stage 1 is run 17 times (the paper: 17 x 1000 steps). Stage 4 ends at a
@@ -236,50 +235,6 @@ def micro_batches(rows: list[dict], size: int, pad_id: int) -> list[dict]:
     return [collate(rows[n : n + size], pad_id) for n in range(0, len(rows), size)]
 
 
-def allow_open_files(wanted: int) -> None:
-    """Raises this process's limit of open files to `wanted`, or as far as the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def batches(
-    config: TrainConfig, datasets: list[Dataset], keys: Iterator[list], pad_id: int
-) -> Iterator[list[dict]]:
-    """The micro-batches of each step, made in worker processes while the model computes. keys: of
-    `mixture_batches`."""
-    allow_open_files(8192)  # each tensor that a worker hands over holds two
-    loader = DataLoader(
-        MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
-        collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),
-        worker_init_fn=leave_the_group,
-    )  # fmt: skip
-    return with_plain_errors(iter(loader))
-
-
-def with_plain_errors(stream: Iterator[list[dict]]) -> Iterator[list[dict]]:
-    """The same batches. Errors of the processes that make them lose their tracebacks, which come in
-    words: raises ValueError with the last line."""
-    try:
-        yield from stream
-    except (ValueError, OSError) as error:
-        *_, line = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(re.sub(r"^\w+Error: ", "", line)) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError("a process that makes batches has died, perhaps for lack of memory; with "
-                         "num_workers=0 there are none") from None  # fmt: skip
-
-
-def leave_the_group(worker: int) -> None:
-    """In a process that makes batches: Ctrl-C, and what else is sent to the whole group, is for the
-    process that trains."""
-    os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def to_device(batch: dict, device: str) -> dict:
     """What the model's forward takes of a batch, on its device."""
     names = ("input_ids", "labels", "attention_mask", "pixel_values")
@@ -338,8 +293,8 @@ def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     micro: list[dict], lr: float, grad_clip: float = 0.0,
 ) -> tuple[float, float]:  # fmt: skip
-    """One step of AdamW; the loss before it and the norm of its gradient. Nothing has changed if
-    either is not finite.
+    """One step of AdamW; returns the loss before it and the norm of its gradient. Nothing has
+    changed if either is not finite.
 
     micro: the micro-batches of this process, on its device. Loss and gradient are the mean over
     the labelled tokens of all of them in all processes, however they are divided. Products are in
@@ -355,9 +310,9 @@ def train_step(
     processes = dist.get_world_size() if dist.is_initialized() else 1
     total = 0.0
     for n, (batch, count) in enumerate(zip(micro, counts), 1):
-        # DistributedDataParallel adds up gradients in the last backward pass of a step alone.
-        alone = model is plain or n == len(micro)
-        with nullcontext() if alone else model.no_sync():
+        # Under DistributedDataParallel gradients are exchanged once, in the last backward pass.
+        exchanged = model is plain or n == len(micro)
+        with nullcontext() if exchanged else model.no_sync():
             with autocast(plain.phi.embed_tokens.weight):
                 loss = model(**batch) * (count / max(1, all_labels))
             scaler.scale(loss * processes).backward()  # DistributedDataParallel takes the mean
@@ -365,7 +320,8 @@ def train_step(
     [total] = sum_over_processes([total], device)
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in trained if p.grad is not None]  # none where text has no picture
+    # the projections have none in a batch of text alone
+    grads = [p.grad for p in trained if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     if math.isfinite(total) and math.isfinite(norm) and all_labels > 0:
         if grad_clip:
@@ -589,7 +545,10 @@ def train(config: TrainConfig) -> int:
     runner = distributed(model) if world_size > 1 else model
     datasets, ratios, batch_sizes = open_data(config, schedule.batch_size, model)
     keys = mixture_batches(ratios, batch_sizes, config.seed, start, rank, world_size)
-    stream = batches(config, datasets, keys, model.tokenizer.pad_token_id)
+    collate_step = partial(
+        micro_batches, size=config.micro_batch_size, pad_id=model.tokenizer.pad_token_id
+    )
+    stream = batches_from_workers(MixtureDataset(datasets), keys, collate_step, config.num_workers)
     optimizer, scaler = new_optimizer(model), new_scaler(config, device)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -600,7 +559,7 @@ def train(config: TrainConfig) -> int:
     bar = log.begin(start, schedule.steps, model.config.phi.vocab_size)
     with noted_signals() as signals:
         for step in bar:
-            _, epoch, in_epoch = schedule.position(step)
+            epoch, in_epoch = schedule.position(step)
             if epoch == in_epoch == 0:  # every cycle begins with new ones
                 optimizer, scaler = new_optimizer(model), new_scaler(config, device)
             torch.manual_seed(config.seed + step * world_size + rank)  # of this step's dropout
@@ -610,9 +569,9 @@ def train(config: TrainConfig) -> int:
             loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.grad_clip)
             *counts, stopped = sum_over_processes([*counts_of(micro), len(signals)], device)
             log.write(bar, step + 1, loss, lr, norm, counts)
-            if stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps:
-                if rank == 0:
-                    save_state(config, world_size, step + 1, model, optimizer, scaler)
+            is_due = stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps
+            if is_due and rank == 0:
+                save_state(config, world_size, step + 1, model, optimizer, scaler)
             if stopped:
                 log.tell(f"stopped after step {step + 1}; add resume=1 to go on")
                 return 128 + (signals[0] if signals else signal.SIGTERM)

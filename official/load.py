@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import is_file_name, printable
+from data import printable
 from experiments.command_line import is_out_of_memory
 from lora import LORA_PRESETS
 from model import ModelConfig, TinyGPTV, half_dtype, is_trainable, set_dtype
@@ -37,7 +37,7 @@ from official.checkpoints import (
     read_tokenizer,
     release,
 )
-from official.fetch import not_weights
+from official.fetch import is_file_name, not_weights
 from official.weights import (
     clip_from_official,
     eva_from_official,
