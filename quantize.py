@@ -43,8 +43,6 @@ TINY = torch.finfo(torch.float32).tiny  # the least scale, so that nothing is 0 
 
 
 # ---- the idea ----
-
-
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (out, in) -> int8 (out, in) and fp32 scale (out,): weight is nearly int8 * scale.
 
@@ -333,8 +331,6 @@ def pack_layers(block: nn.Module, num_bytes: int) -> None:
 
 
 # ---- from file to file ----
-
-
 def quantize_tensors(
     tensors: Iterable[tuple[str, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:

@@ -141,8 +141,6 @@ def learning_rate(schedule: Schedule, epoch: int, step: int) -> float:
 
 
 # ---- what learns ----
-
-
 def enter_stage(model: TinyGPTV, stage: int, preset: str) -> None:
     """Makes the model of the stage before one of this stage: with LoRA from stage 2 on, as in the
     paper (the official configuration of stage 1 forgot to leave it out)."""
@@ -173,8 +171,6 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 # ---- data ----
-
-
 class MixtureDataset(Dataset):
     """Several datasets as one; a key is (which dataset, position in it)."""
 
@@ -247,8 +243,6 @@ def num_labels(batch: dict) -> int:
 
 
 # ---- several processes ----
-
-
 def join_processes(device: str) -> tuple[str, int, int]:
     """Joins the processes that torchrun has started, one a GPU: this one's device, its number
     among them and how many there are. On its own: the device, 0 and 1. Raises ValueError if there
@@ -287,8 +281,6 @@ def sum_over_processes(values: list[float], device: str) -> list[float]:
 
 
 # ---- one step ----
-
-
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     micro: list[dict], lr: float, grad_clip: float = 0.0,
@@ -332,7 +324,6 @@ def train_step(
 
 
 # ---- a run, and how it goes on ----
-
 # What may differ when a run goes on: where files are (not what is in them), and how a step is
 # computed.
 MAY_CHANGE = ("weights", "data", "out", "resume", "micro_batch_size", "checkpointing", "compile",
@@ -582,8 +573,6 @@ def train(config: TrainConfig) -> int:
 
 
 # ---- the command line ----
-
-
 def parse_arguments(arguments: list[str]) -> TrainConfig:
     """key=value pairs -> TrainConfig. Raises ValueError for what it can't be."""
     given = key_values(arguments, TrainConfig)

@@ -75,6 +75,7 @@ class Config:
 
 ONLY_FOR = {"world": ("n", "seed", "split"), "jsonl": ("data",)}
 
+
 # ---- pictures with their records ----
 Picture = tuple[Image.Image, list[dict]]
 

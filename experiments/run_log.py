@@ -172,7 +172,6 @@ def peak_memory_gb() -> float:
 
 
 # ---- the picture ----
-
 WIDTH, HEIGHT, MARGIN = 900, 420, 50
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf")
 

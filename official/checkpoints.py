@@ -54,8 +54,6 @@ RENEW = "make it again with train.py or quantize.py, or restore the miniature's 
 
 
 # ---- tensors ----
-
-
 def read_tensors(
     path: Path, prefix: str, expected: dict[str, Tensor], copy: bool
 ) -> dict[str, Tensor]:
@@ -216,8 +214,6 @@ def release_all(path: Path | None) -> None:
 
 
 # ---- directories ----
-
-
 def files_below(folder: Path) -> list[Path]:
     """The files in a folder and up to three folders below it. Links are followed: no further, so
     that those in a circle end."""
@@ -304,8 +300,6 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 # ---- models ----
-
-
 def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
     """A projector that has learned nothing yet (torch's default initialisation), to be trained."""
     return {f"projector.{name}": t for name, t in Projector(config).state_dict().items()}
@@ -396,8 +390,6 @@ def collected(tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, Tensor
 
 
 # ---- writing ----
-
-
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary file to write into, which takes the place of `path` when all of it is on the

@@ -65,6 +65,7 @@ AGAIN = "fetch it again: python official/fetch.py"
 # What Phi-2's files lack of TinyGPT-V's norms, and its checkpoints bring or leave as they began.
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
 
+
 @dataclass
 class WeightFile:
     """A file of weights that is open, and what has become of its tensors."""
@@ -77,8 +78,6 @@ class WeightFile:
 
 
 # ---- files ----
-
-
 def open_weights(path: Path) -> WeightFile:
     """One weight file. Raises ValueError, with the file's size and what to do, for what is not."""
     described = f"{path} ({path.stat().st_size:,} bytes)"
@@ -185,8 +184,6 @@ def choose_checkpoint(
 
 
 # ---- sizes ----
-
-
 def full_config(
     parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None, stage: int
 ) -> ModelConfig:
@@ -204,8 +201,6 @@ def full_config(
 
 
 # ---- filling the model ----
-
-
 class Filling:
     """A model on the meta device, all shapes and no memory, and the tensors it has got so far.
 
