@@ -454,9 +454,10 @@ def make_sample(
 ) -> Turns:
     """Prompts and answers of a record in its stage. size: (width, height) of its picture, if any.
 
-    As in the official data, `caption_text` is applied to captions, to questions and answers about
-    pictures and to phrases, not to long or grounded descriptions nor to conversations. Raises
-    ValueError for a task that the stage has none of, and for a box outside the picture.
+    As in the official data, `caption_text` is applied to all captions of stages 1 and 2; in stage 4
+    to those of task caption, to vqa, and to the phrases of refer and identify. All else stays as it
+    is. Raises ValueError for a task that the stage does not have, and for a box outside the
+    picture.
     """
     task, image = record["task"], size is not None
     if stage <= 2 and task not in ("caption", "detail"):

@@ -4,7 +4,7 @@
     python train.py stage=4 data=mine.jsonl      your pictures: data.py tells the format
     python train.py stage=4 from_stage=4 data=mine.jsonl       on top of the finished model
     python train.py stage=2 preset=full weights=DIR data=DIR
-    torchrun --nproc-per-node 2 train.py ...     on several GPUs or machines
+    torchrun --nproc-per-node 2 train.py ...     in several processes; one per GPU with device=cuda
 
 Everything after `train.py` is a field of TrainConfig as key=value. What each stage learns:
 
@@ -13,8 +13,9 @@ Everything after `train.py` is a field of TrainConfig as key=value. What each st
     3  the same, on few but detailed descriptions                             one kind of request
     4  the same, at doubled resolution                                        all tasks, with tags
 
-ViT, Q-Former and Phi's own weights stay frozen throughout: 45 million parameters of 3.9 billion
-move. Stage 1 begins from the backbones, every other stage from the one before it.
+ViT, Q-Former and Phi's matrices stay frozen throughout: of 3.9 billion parameters 14 million learn
+in stage 1, and 45 million from stage 2 on. Stage 1 begins from the backbones, every other stage
+from the one before it.
 
 A run can be stopped at any moment, by Ctrl-C or by force, and goes on with resume=1 as if nothing
 had happened: what a step does depends on the weights, the optimizer and the step's number alone.
@@ -69,10 +70,11 @@ class TrainConfig:
     allow_missing: bool = False  # go on without the datasets of the mixture that the folder lacks
     out: str = ""  # default: runs/stage1 ... runs/stage4
     resume: bool = False  # go on with the run in `out`
-    steps: int = 0  # in one cycle, a tenth of it warm-up at most; default: the schedule's
+    steps: int = 0  # in one cycle, at most a tenth of them warm-up; default: the schedule's
     batch_size: int = 0  # of each process; default: the schedule's or the mixture's
     micro_batch_size: int = 0  # so many samples at a time; default: all
-    grad_clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
+    # largest norm of the gradient; default: no clipping, as in the official code
+    grad_clip: float = 0.0
     precision: str = ""  # of matrix products: bf16, fp16, fp32; default: the fastest of the device
     int8: bool = False  # keep frozen weights in int8: half their memory; products are in bf16
     checkpointing: bool = False  # compute Phi's layers again in the backward pass: less memory
@@ -244,9 +246,9 @@ def num_labels(batch: dict) -> int:
 
 # ---- several processes ----
 def join_processes(device: str) -> tuple[str, int, int]:
-    """Joins the processes that torchrun has started, one a GPU: this one's device, its number
-    among them and how many there are. On its own: the device, 0 and 1. Raises ValueError if there
-    are fewer GPUs than processes, or if these do not find each other."""
+    """Joins the processes that torchrun has started, with device=cuda one per GPU. Returns this
+    one's device, its rank, and their number; without torchrun the device, 0 and 1. Raises
+    ValueError if there are fewer GPUs than processes, or if these do not find each other."""
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     on_gpu = device.startswith("cuda")
@@ -266,8 +268,8 @@ def join_processes(device: str) -> tuple[str, int, int]:
 
 
 def distributed(model: nn.Module) -> DistributedDataParallel:
-    """The model, its gradients the mean of those of all processes, also where the pictures that
-    give the projections theirs are in the batches of others."""
+    """The model, its gradients averaged over all processes. One whose batch has no picture leaves
+    the projections unused; find_unused_parameters allows that."""
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -368,7 +370,8 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     another size than the preset's, or quantized."""
     torch.manual_seed(config.seed)  # of parameters that no file has
     dtype = DTYPES[config.precision]
-    place = "cpu" if config.int8 else device  # in bf16 a small GPU has no room for them
+    # before quantization the weights may not fit a small GPU
+    place = "cpu" if config.int8 else device
     model = TinyGPTV.from_pretrained(config.weights, config.from_stage, place, dtype)
     if model.config.int8:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
@@ -389,7 +392,7 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
 
 
 def restore(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
-    """Gives the model what a run has learned so far. Raises ValueError if that is not just what
+    """Gives the model what a run has learned so far. Raises ValueError if that is not exactly what
     learns here, or if it was learned with other frozen weights."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if state["model"].keys() != trainable:
@@ -402,7 +405,7 @@ def restore(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
 
 
 def frozen_fingerprint(model: TinyGPTV) -> str:
-    """Tells apart the weights that runs began with."""
+    """A hash of the frozen weights: a run goes on only with those it began with."""
     return tensors_fingerprint(p for p in model.parameters() if not p.requires_grad)
 
 
@@ -424,8 +427,9 @@ def new_scaler(config: TrainConfig, device: str) -> torch.amp.GradScaler:
 
 
 def require_room(config: TrainConfig, model: TinyGPTV) -> None:
-    """Raises ValueError unless the disk has room for what save_state writes: what learns, and once
-    more with AdamW's two moments, which is there twice until the new state replaces the old."""
+    """Raises ValueError unless the disk has room for what save_state writes: the weights that learn
+    in model.safetensors, and in train_state.pt again with AdamW's two moments; the old state stays
+    until the new one is whole."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     needed, free = (3 if config.resume else 7) * trained, shutil.disk_usage(config.out).free
     if free < needed:
@@ -462,7 +466,7 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
         if missing := STATE - state.keys():
             raise ValueError(f"it has no {missing.pop()}")
         before = state["config"] | {"processes": state["world_size"]}
-        before = asdict(TrainConfig()) | before  # which may be of a time with fewer fields
+        before = asdict(TrainConfig()) | before  # an older version may have had fewer options
     except Exception as error:  # damaged bytes can make a parser raise anything
         reason = first_words(error)
         told = f"{path} is damaged ({reason}); delete {config.out} and start again"
@@ -493,7 +497,7 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def finish(config: TrainConfig) -> None:
-    """Leaves what will be used, and a picture of the losses."""
+    """Deletes train_state.pt, draws the losses, and says how to use the model."""
     (Path(config.out) / "train_state.pt").unlink()
     draw_run(Path(config.out).absolute())
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
@@ -574,7 +578,7 @@ def train(config: TrainConfig) -> int:
 
 # ---- the command line ----
 def parse_arguments(arguments: list[str]) -> TrainConfig:
-    """key=value pairs -> TrainConfig. Raises ValueError for what it can't be."""
+    """key=value pairs -> TrainConfig. Raises ValueError for values that make no run."""
     given = key_values(arguments, TrainConfig)
     config = TrainConfig(**given)
     if config.stage not in (1, 2, 3, 4):

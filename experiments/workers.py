@@ -28,8 +28,8 @@ def allow_open_files(wanted: int) -> None:
 
 
 def with_plain_errors(stream: Iterator[list[dict]]) -> Iterator[list[dict]]:
-    """The same batches. Errors of the processes that make them lose their tracebacks, which come in
-    words: raises ValueError with the last line."""
+    """The same batches. An error in a worker process arrives with its traceback as text: raises
+    ValueError with the last line alone."""
     try:
         yield from stream
     except (ValueError, OSError) as error:

@@ -84,9 +84,9 @@ def read_safetensors(path: Path, advice: str) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path, advice: str, is_zip: bool) -> object:
-    """What torch.save has written. is_zip: in the container since torch 1.6, which is mapped.
-    Raises ValueError, with the file's size and with advice what to do, for what is damaged, or
-    could do harm."""
+    """What torch.save has written. is_zip: in the zip container of torch 1.6 and later, which is
+    memory-mapped. Raises ValueError, with the file's size and with advice what to do, for what is
+    damaged, or could do harm."""
     described = f"{path} ({path.stat().st_size:,} bytes)"
     try:
         if is_zip and not is_stored(path):
@@ -107,7 +107,7 @@ def read_pickle(path: Path, advice: str, is_zip: bool) -> object:
 
 
 def is_stored(path: Path) -> bool:
-    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
+    """Whether nothing in a zip archive is compressed, so that no few bytes unpack to gigabytes."""
     with zipfile.ZipFile(path) as archive:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
@@ -180,8 +180,8 @@ def qformer_lacks(found: set[str], expected: Iterable[str]) -> list[str]:
 
 
 def tensors_fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A hash of the first numbers of each tensor, which tells models apart; of all their numbers it
-    would take minutes."""
+    """A hash of the first 64 numbers of each tensor: enough to tell models apart, where hashing all
+    of them would take minutes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().flatten()[:64].float().cpu().numpy())
@@ -215,8 +215,8 @@ def release_all(path: Path | None) -> None:
 
 # ---- directories ----
 def files_below(folder: Path) -> list[Path]:
-    """The files in a folder and up to three folders below it. Links are followed: no further, so
-    that those in a circle end."""
+    """The files in a folder and up to three folders below it. Links are followed; the limit of
+    depth ends those that form a circle."""
     depths = ("*", "*/*", "*/*/*", "*/*/*/*")
     return sorted(path for depth in depths for path in folder.glob(depth) if path.is_file())
 
@@ -320,7 +320,7 @@ def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensor
         trained = {name for name in expected if is_trainable(name)}
         require(own, trained | set(qformer_lacks(set(own), expected)), path)
         model.carried = set(own) - trained
-    else:  # the first half of the projection has a history, the second begins
+    else:  # the first projection comes with the backbones, the second is new
         path = model.backbones / "projection.safetensors"
         own = new_projector(model.config.projector)
         own |= read_tensors(path, "projector.", expected, copy)

@@ -62,7 +62,7 @@ SIGNS = {
 PARTS_OF = {"visual_encoder": (EVA, CLIP), "qformer": (QFORMER,), "phi": (PHI,)}
 ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 AGAIN = "fetch it again: python official/fetch.py"
-# What Phi-2's files lack of TinyGPT-V's norms, and its checkpoints bring or leave as they began.
+# TinyGPT-V's norms, which Phi-2's files lack: checkpoints bring the weights, biases stay zero.
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
 
 
@@ -204,14 +204,15 @@ def full_config(
 class Filling:
     """A model on the meta device, all shapes and no memory, and the tensors it has got so far.
 
-    A tensor at a time is turned into our layout and dtype: there are never two copies of more.
+    Tensors are turned into our layout and dtype one at a time, so that only one is ever in memory
+    twice.
     """
 
     def __init__(self, model: TinyGPTV, device: str, copy: bool):
         self.model, self.device, self.copy = model, device, copy
         self.expected = model.state_dict()
         self.source: dict[str, Path] = {}  # where each tensor came from
-        self.files: list[WeightFile] = []  # that it was taken from
+        self.files: list[WeightFile] = []  # the files taken so far
 
     def take(self, files: list[WeightFile]) -> Tensors:
         """All that the files of one part hold, but for what an earlier part brought."""
@@ -222,7 +223,7 @@ class Filling:
         for names in taken_together(file_of, files[0].part):
             tensors = {name: file_of[name].tensors[name] for name in names}
             size = sum(tensor.nbytes for tensor in tensors.values())
-            if num_read + size > 2**26:
+            if num_read + size > 2**26:  # every 64 MB
                 num_read = 0
                 for file in files:
                     release(file.path)
@@ -327,7 +328,7 @@ class Filling:
         """All that the stages train has to come from the checkpoint, not from a backbone; and a
         Q-Former comes from it as a whole or not at all.
 
-        The first release of stage 4 was trained with the Q-Former, but without Phi's last norm.
+        The first release of stage 4 trained the Q-Former, too, but not Phi's last norm.
         """
         brought = {name for name, path in self.source.items() if path == checkpoint.path}
         is_first = "qformer.query_tokens" in brought
@@ -354,7 +355,7 @@ def held_twice(name: str, one: Path, other: Path) -> ValueError:
 
 
 def files_by_name(files: list[WeightFile]) -> dict[str, WeightFile]:
-    """Which file holds a tensor. Raises ValueError if two do."""
+    """The file that holds each tensor. Raises ValueError if two do."""
     file_of: dict[str, WeightFile] = {}
     for file in files:
         for name in file.tensors:
@@ -426,7 +427,7 @@ def read_backbones(
 
 
 def closing_lines(model: TinyGPTV, begun: int, has_checkpoint: bool) -> list[str]:
-    """The end of the report: the total, and what is not to be expected."""
+    """The end of the report: the total, and a warning where there is no checkpoint."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = f"; {begun} tensors that no file has are as training begins" if begun else ""
     lines = [f"stage {model.stage}: {total:,} parameters, every one accounted for{rest}"]
