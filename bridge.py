@@ -174,8 +174,7 @@ class QFormer(nn.Module):
         )
 
     def forward(self, image_features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """image_features (B, N, vision_hidden_size), as they leave the ViT -> (B, num_queries,
-        hidden_size). maps: as the class says."""
+        """As the class says."""
         image_features = self.ln_vision(image_features)
         x = self.norm(self.query_tokens)  # (1, queries, hidden_size)
         x = x.expand(len(image_features), -1, -1)

@@ -17,7 +17,6 @@ import random
 import re
 import warnings
 from array import array
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -40,17 +39,18 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in str(text))
 
 
-def is_file_name(name: object) -> bool:
-    """Whether it is the plain name of a file, without a folder in it."""
-    return (isinstance(name, str) and name.isprintable() and Path(name).name == name
-            and name not in ("", ".."))  # fmt: skip
-
-
 # ---- pictures ----
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Of what Pillow reads, the formats of pictures; EPS is a program, and Pillow would run it.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS, MAX_SIDE = 100_000_000, 65_535
+UNREADABLE = {  # what errors of Pillow mean
+    UnidentifiedImageError:
+        f"it is no picture in a format that is read here ({', '.join(PICTURE_FORMATS)})",
+    Image.DecompressionBombError:
+        f"it has too many pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} a side: make "
+        "it smaller",
+}  # fmt: skip
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -69,17 +69,8 @@ def load_image(path: str | Path | BinaryIO) -> Image.Image:
                     raise Image.DecompressionBombError  # as Pillow, which allows more, does
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        reason = _why_unreadable(error)
+        reason = UNREADABLE.get(type(error)) or getattr(error, "strerror", None) or error
         raise ValueError(printable(f"cannot read the image {path}: {reason}")) from error
-
-
-def _why_unreadable(error: Exception) -> object:
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is no picture in a format that is read here ({', '.join(PICTURE_FORMATS)})"
-    if isinstance(error, Image.DecompressionBombError):
-        return (f"it has too many pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} a "
-                "side: make it smaller")  # fmt: skip
-    return getattr(error, "strerror", None) or error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -225,8 +216,14 @@ def parse_boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int]:
 
 
 # ---- prompts ----
-# max_txt_len: tokens of the answer with its end symbol, and of all later turns
-Stage = namedtuple("Stage", ("template", "end_sym", "max_txt_len"))
+class Stage(NamedTuple):
+    """What stands around the turns of a stage, and how long answers may be."""
+
+    template: str
+    end_sym: str
+    max_txt_len: int  # tokens of the answer with its end symbol, and of all later turns
+
+
 STAGES = {
     1: Stage("{}", "\n", 32),
     2: Stage("{}", "\n", 32),
@@ -343,29 +340,29 @@ def validate_record(record: dict, where: str) -> None:
     task = record.get("task") if isinstance(record, dict) else None
     if task not in EXAMPLES:
         raise ValueError(f'{where}: "task" must be one of {", ".join(EXAMPLES)}, not {task!r:.80}')
-    words = str.strip if task in ("chat", "instruct") else caption_text
+    normalize = str.strip if task in ("chat", "instruct") else caption_text
     needed = EXAMPLES[task] | ({"image": "a.jpg"} if "image" in record else {})
     for key, example in needed.items():
-        if not _is_like(value := record.get(key), example, words):
-            like = f"like {json.dumps(example)}, with nothing empty"
-            raise ValueError(f'{where}: "{key}" must be {like}, not {value!r:.80}')
+        if not _is_like(value := record.get(key), example, normalize):
+            raise ValueError(f'{where}: "{key}" must be like {json.dumps(example)}, with nothing '
+                             f"empty, not {value!r:.80}")  # fmt: skip
     for x1, y1, x2, y2 in record["boxes"] if "boxes" in needed else ():
         if not (0 <= x1 < x2 and 0 <= y1 < y2):
             raise ValueError(f"{where}: box {[x1, y1, x2, y2]} is reversed, empty or off the image")
 
 
-def _is_like(value: object, example: object, words: Callable[[str], str]) -> bool:
-    """Whether the value is built like the example, and no text is empty after `words`, which is
-    what its task makes of it."""
+def _is_like(value: object, example: object, normalize: Callable[[str], str]) -> bool:
+    """Whether the value is built like the example, and no text in it is empty once normalized as
+    its task does it."""
     if isinstance(example, str):
-        return isinstance(value, str) and words(value) != "" and IMAGE_PLACEHOLDER not in value
+        return isinstance(value, str) and normalize(value) != "" and IMAGE_PLACEHOLDER not in value
     if isinstance(example, list):  # an example with one item stands for any number of them
         fits = isinstance(value, list) and len(value) > 0 and len(example) in (1, len(value))
-        return fits and all(_is_like(item, example[0], words) for item in value)
+        return fits and all(_is_like(item, example[0], normalize) for item in value)
     return type(value) in (int, float) and abs(value) < 1e9
 
 
-LONGEST_LINE = 2**24  # bytes; a file without lines must not be read as one
+LONGEST_LINE = 2**24  # bytes; a file without line breaks must not be read as one line
 
 
 class RecordFile(Sequence):
@@ -457,9 +454,10 @@ def make_sample(
 ) -> Turns:
     """Prompts and answers of a record in its stage. size: (width, height) of its picture, if any.
 
-    As in the official data, `caption_text` is applied to captions, to questions and answers about
-    pictures and to phrases, not to long or grounded descriptions nor to conversations. Raises
-    ValueError for a task that the stage has none of, and for a box outside the picture.
+    As in the official data, `caption_text` is applied to all captions of stages 1 and 2; in stage 4
+    to those of task caption, to vqa, and to the phrases of refer and identify. All else stays as it
+    is. Raises ValueError for a task that the stage does not have, and for a box outside the
+    picture.
     """
     task, image = record["task"], size is not None
     if stage <= 2 and task not in ("caption", "detail"):
@@ -541,7 +539,7 @@ def encode_sample(
         raise ValueError(f"{len(ids)} tokens, pictures included, but {max_length} fit")
     mask = [int(n == 0 or i != bos or not mask_later_bos) for n, i in enumerate(ids)]
     row = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return {key: torch.tensor(row[key]) for key in row} | {"truncated": truncated}
+    return {key: torch.tensor(value) for key, value in row.items()} | {"truncated": truncated}
 
 
 class RowSettings(NamedTuple):
@@ -559,13 +557,11 @@ def encode_text(
 ) -> dict:
     """`encode_sample` of a record. size: (width, height) of its picture, if any. Raises what that
     and `make_sample` do."""
-    stage, tokenizer, _, num_queries, max_length = settings
-    turns = make_sample(record, stage, rng, size)
-    _, end_sym, max_txt_len = STAGES[stage]
-    num_images = int(size is not None)
+    stage = STAGES[settings.stage]
     return encode_sample(
-        turns, tokenizer, num_images, num_queries, max_txt_len, end_sym, max_length
-    )
+        make_sample(record, settings.stage, rng, size), settings.tokenizer, int(size is not None),
+        settings.num_queries, stage.max_txt_len, stage.end_sym, settings.max_length,
+    )  # fmt: skip
 
 
 def encode_record(
@@ -573,10 +569,10 @@ def encode_record(
 ) -> dict:
     """`encode_text` of a record, and raises what that does; with pixel_values (1, 3, S, S) if it
     has a picture."""
-    if image is None:
-        return encode_text(record, None, rng, settings)
-    row = encode_text(record, image.size, rng, settings)
-    return row | {"pixel_values": preprocess(image, settings.image_size)[None]}
+    row = encode_text(record, image and image.size, rng, settings)
+    if image is not None:
+        row["pixel_values"] = preprocess(image, settings.image_size)[None]
+    return row
 
 
 def collate(rows: list[dict], pad_id: int) -> dict:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from data import STAGES, Tokenizer, check_request, encode_prompt, inference_prompt
 from data import left_pad_collate, load_image, preprocess
-from experiments.command_line import Parser, exit_code
+from experiments.command_line import Parser, check_device, exit_code
 from experiments.pictures import answer_attention, boxes_of, check_picture_name
 from experiments.pictures import draw_answer, draw_attention
 from model import DTYPES, KVCache, Phi, TinyGPTV, autocast
@@ -44,7 +44,8 @@ from model import DTYPES, KVCache, Phi, TinyGPTV, autocast
 class Sampling:
     """How the next token is chosen. The defaults are greedy: always the most probable one.
 
-    Raises ValueError for a value out of its range; within them one token at least is always left.
+    Raises ValueError for a value out of its range; within the ranges at least one token is always
+    left.
     """
 
     temperature: float = 0.0  # 0 is greedy
@@ -54,7 +55,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        ranges = {  # no narrower than sense, and no wider than what fp32 scores survive
+        ranges = {  # what makes sense and what scores in fp32 survive
             "temperature": (self.temperature == 0 or 0.01 <= self.temperature <= 100,
                             "0, which is greedy, or from 0.01 to 100"),
             "top_k": (self.top_k >= 0, "1 or more, or 0 to keep all"),
@@ -81,7 +82,8 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most probable ids of each row of (B, V) whose probabilities add up to p."""
+    """Keeps the fewest most probable ids of each row of (B, V), whose probabilities add up to at
+    least p."""
     ordered, ids = scores.sort(descending=True, stable=True)
     reached = ordered.softmax(dim=-1).cumsum(dim=-1) >= p
     ordered[:, 1:] = ordered[:, 1:].masked_fill(reached[:, :-1], float("-inf"))
@@ -258,13 +260,13 @@ def stream_answers(
     num_ids = len(model.tokenizer)
     stream = generate_ids(model.phi, *batch, max_new_tokens, sampling, num_ids, history)
     for steps, (ids, _) in enumerate(stream, 1):
-        yield [answer.push(token_id) for answer, token_id in zip(answers, ids.tolist())]
-        if all(answer.finished for answer in answers):
+        yield [one.push(token_id) for one, token_id in zip(answers, ids.tolist())]
+        if all(one.finished for one in answers):
             return
-    cut = sum(not answer.finished for answer in answers)
+    cut = sum(not one.finished for one in answers)
     positions = model.phi.config.max_position_embeddings
     limit = "max_new_tokens" if steps == max_new_tokens else f"the model's {positions} positions"
-    yield [answer.close() for answer in answers]
+    yield [one.close() for one in answers]
     warnings.warn(f"{cut} of {len(answers)} answers cut after {steps} tokens, because of {limit}")
 
 
@@ -319,7 +321,7 @@ def answer(
     )
     for _ in stream:
         pass  # the answers remember what they were told
-    return [answer.shown for answer in answers]
+    return [one.shown for one in answers]
 
 
 # ---- command line ----
@@ -366,18 +368,11 @@ def request_of(task: str | None, ask: str | None) -> tuple[str, str]:
     return task, ask or ""
 
 
-def check_machine(device: str, dtype: str | None) -> None:
-    """Raises ValueError unless the device is there and can compute with the dtype."""
-    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device)
-    if backend is not None and not backend.is_available():
-        raise ValueError(f"--device {device}: torch finds no such device here; use --device cpu")
-    if device == "cpu" and dtype == "fp16":
-        raise ValueError("--dtype fp16: a CPU multiplies fp16 very slowly; use bf16 or fp32")
-
-
 def check_options(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together, or files that can't be written."""
-    check_machine(arguments.device, arguments.dtype)
+    check_device(arguments.device, "--device ")
+    if arguments.device == "cpu" and arguments.dtype == "fp16":
+        raise ValueError("--dtype fp16: a CPU multiplies fp16 very slowly; use bf16 or fp32")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: say 1 or more")
     asked_about, total = {path.resolve() for path in arguments.img}, len(arguments.img)
@@ -415,8 +410,8 @@ def as_json(path: Path, size: tuple[int, int], task: str, asked: str, answer: An
 def ask_about(
     model: TinyGPTV, arguments: argparse.Namespace, first: int, prompt: str, sampling: Sampling
 ) -> None:
-    """Asks about BATCH_SIZE pictures, those from number `first` on, and shows what it gets. The
-    answer about a single picture is printed as it comes."""
+    """Asks about at most BATCH_SIZE pictures, from number `first` on, and shows the answers. That
+    about a single picture is printed as it comes."""
     total = len(arguments.img)
     images = [load_image(path) for path in arguments.img[first : first + BATCH_SIZE]]
     num_images, prompts = [1] * len(images), [prompt] * len(images)
@@ -428,11 +423,11 @@ def ask_about(
     for pieces in stream:
         if total == 1 and not arguments.json:
             print(pieces[0], end="\n" * answers[0].finished, flush=True)
-    for n, (image, answer) in enumerate(zip(images, answers)):
-        show(arguments, first + n, image, answer)
+    for n, (image, one) in enumerate(zip(images, answers)):
+        show(arguments, first + n, image, one)
         if arguments.attn:
             out, embeds = numbered(arguments.attn, first + n, total), image_embeds[n : n + 1]
-            words, attention = answer_attention(model, embeds, prompt, answer.shown)
+            words, attention = answer_attention(model, embeds, prompt, one.shown)
             draw_attention(image, out, words, attention, maps[-1][n], arguments.attn_queries)
 
 
@@ -449,7 +444,7 @@ def show(arguments: argparse.Namespace, number: int, image: Image.Image, answer:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answers a question, or as many as are asked. What can be checked is, before weights load."""
+    """Carries out the command line. All that can be checked is checked before the weights load."""
     check_options(arguments)
     arguments.task, arguments.ask = request_of(arguments.task, arguments.ask)
     check_request(arguments.task, arguments.ask, arguments.stage or 4)

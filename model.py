@@ -9,8 +9,9 @@ Read it from the leaves to the root:
 
 Phi-2 differs from most language models in that attention and MLP run side by side on the same
 normalised input. TinyGPT-V adds three norms to keep a small model stable when pictures arrive:
-LayerNorm on queries and keys, and RMSNorm on what attention returns. How weights are read and
-written, official/checkpoints.py tells.
+LayerNorm on queries and keys, and RMSNorm on what attention returns.
+
+official/checkpoints.py reads and writes the weights.
 """
 
 import math
@@ -412,7 +413,7 @@ class TinyGPTV(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tokenizer: Tokenizer | None = None  # this and the next three are set by who loads
+        self.tokenizer: Tokenizer | None = None  # set on loading, as are the next three
         self.backbones: Path | None = None  # the folder of the frozen tensors
         self.load_report = ""  # what official/load.py has to say
         self.carried: set[str] = set()  # frozen tensors that are the checkpoint's, not a backbone's
@@ -423,7 +424,7 @@ class TinyGPTV(nn.Module):
         if config.lora is not None:
             add_lora(self.phi, config.lora)
         if config.int8:
-            quantize_model(self)  # in shape; what is in it comes from the file
+            quantize_model(self)  # the shapes; the numbers come from the file
 
     @property
     def stage(self) -> int:
@@ -439,9 +440,9 @@ class TinyGPTV(nn.Module):
         """What a checkpoint holds: all that the stages train, in fp32, and what is `carried`, in
         the model's precision. Raises ValueError if the model is quantized."""
         if self.config.int8:
-            raise ValueError("of a quantized model nothing can be trained or exported; use the one "
-                             "that it was made from")  # fmt: skip
-        # copies, for a file holds neither views nor two names of one memory
+            raise ValueError("a quantized model can't be trained or exported; use the one that it "
+                             "was made from")  # fmt: skip
+        # copies: a safetensors file holds no views, and no memory under two names
         return {name: p.detach().clone(memory_format=torch.contiguous_format)
                 for name, p in self.named_parameters()
                 if is_trainable(name) or name in self.carried}  # fmt: skip
@@ -470,15 +471,15 @@ class TinyGPTV(nn.Module):
     ) -> "TinyGPTV":  # fmt: skip
         """The model of a weights directory, ready to answer (`model.tokenizer` is set).
 
-        directory: a checkpoint directory, or one that holds backbones and stage1 ... stage4; of
-        those `stage` picks one, the last by default, and 0 the backbones with a new projector. Or
-        a folder with the official files (official/load.py), or what quantize.py has made of either.
-        dtype: of the frozen linear maps and embeddings; fp32 by default, of official and quantized
-        weights half precision; fp16 on a CPU brings a warning. int8: quantize while loading, an
-        error if that is done already. pack: make quantized weights ready for the CPU's int8 unit,
-        which takes seconds; else they are used where they lie in the file. Raises ValueError or
-        FileNotFoundError, naming file and tensor, unless every tensor is there, has its shape, is
-        finite, and none is left over.
+        directory: a checkpoint directory; one that holds backbones and stage1 ... stage4; a folder
+        with the official files (official/load.py); or what quantize.py has made of any of these.
+        stage: which one, by default the last; 0 for the model before stage 1. dtype: of the frozen
+        linear maps and embeddings; by default fp32, half precision for official and quantized
+        weights; fp16 on a CPU brings a warning. int8: quantize while loading; an error for weights
+        that are quantized already. pack: make quantized weights ready for the CPU's int8 unit,
+        which takes a while at the official size; else they are used where they lie in the file.
+        Raises ValueError or FileNotFoundError, naming file and tensor, unless every tensor is
+        there, has its shape, is finite, and none is left over.
         """
         # here, because that module is built on this one
         from official.checkpoints import collected, open_pretrained, open_quantized, release_all

@@ -1,4 +1,4 @@
-"""int8: every weight in one byte, half of what bf16 takes in memory and in time.
+"""int8: the large matrices at one byte a weight, half of what bf16 takes in memory and in time.
 
 To say one token, the language model reads all of its 2.6 billion weights and does two operations
 with each. A processor calculates far faster than its memory delivers, so a token takes as long as
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What is quantized: nearly all there is, the matrices of Phi and of the ViT's blocks. The rest is
-# small or is looked up and not multiplied, and stays in 16 bits (embeddings, the patch convolution,
+# small or is looked up and not multiplied, and stays in 16 bits (embeddings, the patch projection,
 # the Q-Former's matrices) or fp32 (norms, biases, positions, the projection).
 QUANTIZED = re.compile(
     r"phi\.layers\.\d+\.self_attn\.(qkv|dense)"
@@ -43,8 +43,6 @@ TINY = torch.finfo(torch.float32).tiny  # the least scale, so that nothing is 0 
 
 
 # ---- the idea ----
-
-
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (out, in) -> int8 (out, in) and fp32 scale (out,): weight is nearly int8 * scale.
 
@@ -333,13 +331,11 @@ def pack_layers(block: nn.Module, num_bytes: int) -> None:
 
 
 # ---- from file to file ----
-
-
 def quantize_tensors(
     tensors: Iterable[tuple[str, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a model as those of its quantized form: of what QUANTIZED lists int8 and
-    scale, some thousand rows after the other; all else unchanged."""
+    """Named tensors of a model as those of its quantized form: each matrix that QUANTIZED lists as
+    int8 weight and scale, 8192 rows at a time; all others unchanged."""
     for name, tensor in tensors:
         layer = name.removesuffix(".weight")
         if layer == name or not QUANTIZED.fullmatch(layer):
@@ -361,7 +357,7 @@ def write_tensors(
     own writer wants them all at once.
 
     expected: all of them on the meta device, for the table of names, types, shapes and places at
-    the beginning of the file. Raises ValueError if something of them does not come.
+    the beginning of the file. Raises ValueError unless each comes as a whole.
     """
     table, end = {}, 0
     for name, like in sorted(expected.items(), key=lambda item: -item[1].element_size()):
@@ -383,7 +379,7 @@ def write_tensors(
 
 
 def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
-    """Writes a quantized weights directory; returns what was read and written in words. Matrices
+    """Writes a quantized weights directory; returns a report of what was read and written. Matrices
     are read as fp16: most official files have them so, and for the Q-Former's that is enough."""
     # here, because that module is built on this one
     from official.checkpoints import open_quantized, replace_file, write_config

@@ -4,7 +4,7 @@
     python train.py stage=4 data=mine.jsonl      your pictures: data.py tells the format
     python train.py stage=4 from_stage=4 data=mine.jsonl       on top of the finished model
     python train.py stage=2 preset=full weights=DIR data=DIR
-    torchrun --nproc-per-node 2 train.py ...     on several GPUs or machines
+    torchrun --nproc-per-node 2 train.py ...     in several processes; one per GPU with device=cuda
 
 Everything after `train.py` is a field of TrainConfig as key=value. What each stage learns:
 
@@ -13,8 +13,9 @@ Everything after `train.py` is a field of TrainConfig as key=value. What each st
     3  the same, on few but detailed descriptions                             one kind of request
     4  the same, at doubled resolution                                        all tasks, with tags
 
-ViT, Q-Former and Phi's own weights stay frozen throughout: 45 million parameters of 3.9 billion
-move. Stage 1 begins from the backbones, every other stage from the one before it.
+ViT, Q-Former and Phi's matrices stay frozen throughout: of 3.9 billion parameters 14 million learn
+in stage 1, and 45 million from stage 2 on. Stage 1 begins from the backbones, every other stage
+from the one before it.
 
 A run can be stopped at any moment, by Ctrl-C or by force, and goes on with resume=1 as if nothing
 had happened: what a step does depends on the weights, the optimizer and the step's number alone.
@@ -24,8 +25,6 @@ import itertools
 import math
 import os
 import random
-import re
-import resource
 import shutil
 import signal
 import sys
@@ -40,11 +39,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data import IGNORE, RecordDataset, RowSettings, collate, read_folder, read_records
 from experiments.command_line import check_device, exit_code, key_values
 from experiments.run_log import RunLog, draw_run
+from experiments.workers import batches_from_workers
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV, autocast, half_dtype, is_trainable
@@ -70,10 +70,11 @@ class TrainConfig:
     allow_missing: bool = False  # go on without the datasets of the mixture that the folder lacks
     out: str = ""  # default: runs/stage1 ... runs/stage4
     resume: bool = False  # go on with the run in `out`
-    steps: int = 0  # in one cycle, a tenth of it warm-up at most; default: the schedule's
+    steps: int = 0  # in one cycle, at most a tenth of them warm-up; default: the schedule's
     batch_size: int = 0  # of each process; default: the schedule's or the mixture's
     micro_batch_size: int = 0  # so many samples at a time; default: all
-    grad_clip: float = 0.0  # the gradient's largest norm; default: any, as in the official code
+    # largest norm of the gradient; default: no clipping, as in the official code
+    grad_clip: float = 0.0
     precision: str = ""  # of matrix products: bf16, fp16, fp32; default: the fastest of the device
     int8: bool = False  # keep frozen weights in int8: half their memory; products are in bf16
     checkpointing: bool = False  # compute Phi's layers again in the backward pass: less memory
@@ -101,10 +102,10 @@ class Schedule:
     def steps(self) -> int:
         return self.cycles * self.epochs * self.steps_per_epoch
 
-    def position(self, step: int) -> tuple[int, int, int]:
-        """The cycle and the epoch that a step lies in, and its number in the epoch."""
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch of its cycle that a step lies in, and its number in that epoch."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
-        return *divmod(epoch, self.epochs), in_epoch
+        return epoch % self.epochs, in_epoch
 
 
 # The official numbers. Stage 1 is run 17 times (the paper: 17 x 1000 steps). Stage 4 ends at a
@@ -142,8 +143,6 @@ def learning_rate(schedule: Schedule, epoch: int, step: int) -> float:
 
 
 # ---- what learns ----
-
-
 def enter_stage(model: TinyGPTV, stage: int, preset: str) -> None:
     """Makes the model of the stage before one of this stage: with LoRA from stage 2 on, as in the
     paper (the official configuration of stage 1 forgot to leave it out)."""
@@ -174,8 +173,6 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 # ---- data ----
-
-
 class MixtureDataset(Dataset):
     """Several datasets as one; a key is (which dataset, position in it)."""
 
@@ -236,50 +233,6 @@ def micro_batches(rows: list[dict], size: int, pad_id: int) -> list[dict]:
     return [collate(rows[n : n + size], pad_id) for n in range(0, len(rows), size)]
 
 
-def allow_open_files(wanted: int) -> None:
-    """Raises this process's limit of open files to `wanted`, or as far as the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def batches(
-    config: TrainConfig, datasets: list[Dataset], keys: Iterator[list], pad_id: int
-) -> Iterator[list[dict]]:
-    """The micro-batches of each step, made in worker processes while the model computes. keys: of
-    `mixture_batches`."""
-    allow_open_files(8192)  # each tensor that a worker hands over holds two
-    loader = DataLoader(
-        MixtureDataset(datasets), batch_sampler=keys, num_workers=config.num_workers,
-        collate_fn=partial(micro_batches, size=config.micro_batch_size, pad_id=pad_id),
-        worker_init_fn=leave_the_group,
-    )  # fmt: skip
-    return with_plain_errors(iter(loader))
-
-
-def with_plain_errors(stream: Iterator[list[dict]]) -> Iterator[list[dict]]:
-    """The same batches. Errors of the processes that make them lose their tracebacks, which come in
-    words: raises ValueError with the last line."""
-    try:
-        yield from stream
-    except (ValueError, OSError) as error:
-        *_, line = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(re.sub(r"^\w+Error: ", "", line)) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError("a process that makes batches has died, perhaps for lack of memory; with "
-                         "num_workers=0 there are none") from None  # fmt: skip
-
-
-def leave_the_group(worker: int) -> None:
-    """In a process that makes batches: Ctrl-C, and what else is sent to the whole group, is for the
-    process that trains."""
-    os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def to_device(batch: dict, device: str) -> dict:
     """What the model's forward takes of a batch, on its device."""
     names = ("input_ids", "labels", "attention_mask", "pixel_values")
@@ -292,12 +245,10 @@ def num_labels(batch: dict) -> int:
 
 
 # ---- several processes ----
-
-
 def join_processes(device: str) -> tuple[str, int, int]:
-    """Joins the processes that torchrun has started, one a GPU: this one's device, its number
-    among them and how many there are. On its own: the device, 0 and 1. Raises ValueError if there
-    are fewer GPUs than processes, or if these do not find each other."""
+    """Joins the processes that torchrun has started, with device=cuda one per GPU. Returns this
+    one's device, its rank, and their number; without torchrun the device, 0 and 1. Raises
+    ValueError if there are fewer GPUs than processes, or if these do not find each other."""
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     on_gpu = device.startswith("cuda")
@@ -317,8 +268,8 @@ def join_processes(device: str) -> tuple[str, int, int]:
 
 
 def distributed(model: nn.Module) -> DistributedDataParallel:
-    """The model, its gradients the mean of those of all processes, also where the pictures that
-    give the projections theirs are in the batches of others."""
+    """The model, its gradients averaged over all processes. One whose batch has no picture leaves
+    the projections unused; find_unused_parameters allows that."""
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -332,14 +283,12 @@ def sum_over_processes(values: list[float], device: str) -> list[float]:
 
 
 # ---- one step ----
-
-
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     micro: list[dict], lr: float, grad_clip: float = 0.0,
 ) -> tuple[float, float]:  # fmt: skip
-    """One step of AdamW; the loss before it and the norm of its gradient. Nothing has changed if
-    either is not finite.
+    """One step of AdamW; returns the loss before it and the norm of its gradient. Nothing has
+    changed if either is not finite.
 
     micro: the micro-batches of this process, on its device. Loss and gradient are the mean over
     the labelled tokens of all of them in all processes, however they are divided. Products are in
@@ -355,9 +304,9 @@ def train_step(
     processes = dist.get_world_size() if dist.is_initialized() else 1
     total = 0.0
     for n, (batch, count) in enumerate(zip(micro, counts), 1):
-        # DistributedDataParallel adds up gradients in the last backward pass of a step alone.
-        alone = model is plain or n == len(micro)
-        with nullcontext() if alone else model.no_sync():
+        # Under DistributedDataParallel gradients are exchanged once, in the last backward pass.
+        exchanged = model is plain or n == len(micro)
+        with nullcontext() if exchanged else model.no_sync():
             with autocast(plain.phi.embed_tokens.weight):
                 loss = model(**batch) * (count / max(1, all_labels))
             scaler.scale(loss * processes).backward()  # DistributedDataParallel takes the mean
@@ -365,7 +314,8 @@ def train_step(
     [total] = sum_over_processes([total], device)
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in trained if p.grad is not None]  # none where text has no picture
+    # the projections have none in a batch of text alone
+    grads = [p.grad for p in trained if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     if math.isfinite(total) and math.isfinite(norm) and all_labels > 0:
         if grad_clip:
@@ -376,7 +326,6 @@ def train_step(
 
 
 # ---- a run, and how it goes on ----
-
 # What may differ when a run goes on: where files are (not what is in them), and how a step is
 # computed.
 MAY_CHANGE = ("weights", "data", "out", "resume", "micro_batch_size", "checkpointing", "compile",
@@ -421,7 +370,8 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     another size than the preset's, or quantized."""
     torch.manual_seed(config.seed)  # of parameters that no file has
     dtype = DTYPES[config.precision]
-    place = "cpu" if config.int8 else device  # in bf16 a small GPU has no room for them
+    # before quantization the weights may not fit a small GPU
+    place = "cpu" if config.int8 else device
     model = TinyGPTV.from_pretrained(config.weights, config.from_stage, place, dtype)
     if model.config.int8:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
@@ -442,7 +392,7 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
 
 
 def restore(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
-    """Gives the model what a run has learned so far. Raises ValueError if that is not just what
+    """Gives the model what a run has learned so far. Raises ValueError if that is not exactly what
     learns here, or if it was learned with other frozen weights."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if state["model"].keys() != trainable:
@@ -455,7 +405,7 @@ def restore(model: TinyGPTV, state: dict, config: TrainConfig) -> None:
 
 
 def frozen_fingerprint(model: TinyGPTV) -> str:
-    """Tells apart the weights that runs began with."""
+    """A hash of the frozen weights: a run goes on only with those it began with."""
     return tensors_fingerprint(p for p in model.parameters() if not p.requires_grad)
 
 
@@ -477,8 +427,9 @@ def new_scaler(config: TrainConfig, device: str) -> torch.amp.GradScaler:
 
 
 def require_room(config: TrainConfig, model: TinyGPTV) -> None:
-    """Raises ValueError unless the disk has room for what save_state writes: what learns, and once
-    more with AdamW's two moments, which is there twice until the new state replaces the old."""
+    """Raises ValueError unless the disk has room for what save_state writes: the weights that learn
+    in model.safetensors, and in train_state.pt again with AdamW's two moments; the old state stays
+    until the new one is whole."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     needed, free = (3 if config.resume else 7) * trained, shutil.disk_usage(config.out).free
     if free < needed:
@@ -515,7 +466,7 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
         if missing := STATE - state.keys():
             raise ValueError(f"it has no {missing.pop()}")
         before = state["config"] | {"processes": state["world_size"]}
-        before = asdict(TrainConfig()) | before  # which may be of a time with fewer fields
+        before = asdict(TrainConfig()) | before  # an older version may have had fewer options
     except Exception as error:  # damaged bytes can make a parser raise anything
         reason = first_words(error)
         told = f"{path} is damaged ({reason}); delete {config.out} and start again"
@@ -546,7 +497,7 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def finish(config: TrainConfig) -> None:
-    """Leaves what will be used, and a picture of the losses."""
+    """Deletes train_state.pt, draws the losses, and says how to use the model."""
     (Path(config.out) / "train_state.pt").unlink()
     draw_run(Path(config.out).absolute())
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
@@ -589,7 +540,10 @@ def train(config: TrainConfig) -> int:
     runner = distributed(model) if world_size > 1 else model
     datasets, ratios, batch_sizes = open_data(config, schedule.batch_size, model)
     keys = mixture_batches(ratios, batch_sizes, config.seed, start, rank, world_size)
-    stream = batches(config, datasets, keys, model.tokenizer.pad_token_id)
+    collate_step = partial(
+        micro_batches, size=config.micro_batch_size, pad_id=model.tokenizer.pad_token_id
+    )
+    stream = batches_from_workers(MixtureDataset(datasets), keys, collate_step, config.num_workers)
     optimizer, scaler = new_optimizer(model), new_scaler(config, device)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -600,7 +554,7 @@ def train(config: TrainConfig) -> int:
     bar = log.begin(start, schedule.steps, model.config.phi.vocab_size)
     with noted_signals() as signals:
         for step in bar:
-            _, epoch, in_epoch = schedule.position(step)
+            epoch, in_epoch = schedule.position(step)
             if epoch == in_epoch == 0:  # every cycle begins with new ones
                 optimizer, scaler = new_optimizer(model), new_scaler(config, device)
             torch.manual_seed(config.seed + step * world_size + rank)  # of this step's dropout
@@ -610,9 +564,9 @@ def train(config: TrainConfig) -> int:
             loss, norm = train_step(runner, optimizer, scaler, on_device, lr, config.grad_clip)
             *counts, stopped = sum_over_processes([*counts_of(micro), len(signals)], device)
             log.write(bar, step + 1, loss, lr, norm, counts)
-            if stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps:
-                if rank == 0:
-                    save_state(config, world_size, step + 1, model, optimizer, scaler)
+            is_due = stopped or (step + 1) % config.save_every == 0 or step + 1 == schedule.steps
+            if is_due and rank == 0:
+                save_state(config, world_size, step + 1, model, optimizer, scaler)
             if stopped:
                 log.tell(f"stopped after step {step + 1}; add resume=1 to go on")
                 return 128 + (signals[0] if signals else signal.SIGTERM)
@@ -623,10 +577,8 @@ def train(config: TrainConfig) -> int:
 
 
 # ---- the command line ----
-
-
 def parse_arguments(arguments: list[str]) -> TrainConfig:
-    """key=value pairs -> TrainConfig. Raises ValueError for what it can't be."""
+    """key=value pairs -> TrainConfig. Raises ValueError for values that make no run."""
     given = key_values(arguments, TrainConfig)
     config = TrainConfig(**given)
     if config.stage not in (1, 2, 3, 4):

@@ -33,7 +33,7 @@ class VisionConfig:
     clip: bool = False  # CLIP's ViT in place of EVA's
 
 
-# The official files have a layer more, EVA's 40 and CLIP's 24: BLIP-2 reads what enters the last.
+# The official files have one layer more (EVA's 40, CLIP's 24); BLIP-2 reads the input of the last.
 VISION_PRESETS = {
     "full": VisionConfig(image_size=224, patch_size=14, hidden_size=1408, num_layers=39,
                          num_heads=16, intermediate_size=6144),
@@ -48,8 +48,8 @@ class PatchEmbed(nn.Module):
     """Cuts the picture into patches and maps each to one vector.
 
     The official file has this as a convolution whose stride is its kernel size; that is exactly a
-    linear layer on the numbers of every patch. So it is multiplied, which also spares the memory
-    that torch's convolution takes in bf16 on some CPUs."""
+    linear layer on the numbers of every patch. Computed as one, it also avoids the memory that
+    torch's convolution takes in bf16 on some CPUs."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -69,8 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, each (B, heads, N, head_dim).
 
     In bf16 on a CPU torch's fused call is slow at EVA's head_dim of 88, so two heads at a time are
-    multiplied plainly. Scores are rounded to bf16, and small ones lose less: so the mean of all
-    keys, which no softmax sees, is subtracted first. With gradients, and elsewhere, the fused call.
+    multiplied plainly. Scores are rounded to bf16, where small ones lose less, so the mean of all
+    keys, which softmax cannot see, is subtracted first. In all other cases, and with gradients, it
+    is the fused call.
     """
     half = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half or torch.is_grad_enabled():
@@ -196,8 +197,8 @@ class EvaViT(nn.Module):
         return x + interpolate_pos_embed(self.pos_embed, height // patch, self.config.clip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (B, 3, S, S) -> (B, 1 + N, hidden_size), N = (S / 14)^2. Raises what `embed`
-        does."""
+        """As the class says. Raises ValueError for a picture that is not square and whole
+        patches."""
         x = self.ln_pre(self.embed(pixel_values))
         for block in self.blocks:
             x = block(x)

@@ -71,7 +71,6 @@ def shape_table() -> str:
 
 
 # ---- the drawing ----
-
 WIDTH, HEIGHT = 1200, 740
 FROZEN, TRAINED, PLAIN, LINE = "#d8e6f3", "#fbdcae", "#f1f1f1", "#444444"
 BOTTOM, PITCH = 690, 56  # of the columns of boxes

@@ -32,8 +32,8 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it was memory that an error is about; torch says so in several words."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory, for which torch has several wordings."""
     words = "out of memory", "can't allocate memory", "Cannot allocate memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
@@ -75,19 +75,20 @@ def key_values(arguments: list[str], config_class: type) -> dict:
     return given
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError for a device= that torch can't compute on here."""
+def check_device(device: str, option: str = "device=") -> None:
+    """Raises ValueError for a device that torch can't compute on here. option: what stands before
+    it on the command line."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no GPU here; leave it out to use the CPU")
+        raise ValueError(f"{option}{device}: torch sees no GPU here; leave it out to use the CPU")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):  # the last two: torch was built without it
-        told = f"device={device}: torch can't compute on that here; say cpu, cuda or mps"
+        told = f"{option}{device}: torch can't compute on that here; say cpu, cuda or mps"
         raise ValueError(told) from None
 
 
 def unusual(config: object, names: Iterable[str]) -> list[str]:
-    """Of these options those that do not have their defaults, as parts of a file's name."""
+    """Those of the options that differ from their defaults, as parts of a file's name."""
     return [f"{name}-{getattr(config, name)}" for name in names
             if getattr(config, name) != getattr(type(config), name)]  # fmt: skip
 
@@ -98,7 +99,7 @@ def other_weights(weights: str, usual: str) -> list[str]:
     return [] if folder == Path(usual).resolve() else [f"weights-{folder.name}"]
 
 
-def keep(result: dict, path: Path) -> None:
+def print_and_save(result: dict, path: Path) -> None:
     """Prints a result as a line of JSON, the last one of a script, and writes it to a file. Raises
     OSError if that can't be written; what was measured is printed all the same."""
     print(json.dumps(result), flush=True)
@@ -110,15 +111,15 @@ def report(
     arguments: list[str], config_class: type, measure: Callable[..., dict], path: Path,
     places: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Measures with the config that key=value arguments make, and keeps the result in `path`, with
-    every option in its name that is not as usual, so that a try does not replace what README
-    shows. places: options that say where something is, and not what is measured. Returns the exit
-    code."""
+    """Measures with the config that key=value arguments make, and keeps the result in `path`, whose
+    name gets every option that is not at its default, so that a try does not replace what the
+    README shows. places: options that name places and do not change what is measured. Returns the
+    exit code."""
 
     def work() -> None:
         config = config_class(**key_values(arguments, config_class))
         names = [field.name for field in fields(config) if field.name not in places]
         name = "_".join([path.stem, *unusual(config, names)])
-        keep(measure(config), path.with_stem(name))
+        print_and_save(measure(config), path.with_stem(name))
 
     return exit_code(work)

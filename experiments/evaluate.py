@@ -40,9 +40,9 @@ from experiments import benchmarks
 from experiments.command_line import (
     check_device,
     exit_code,
-    keep,
     key_values,
     other_weights,
+    print_and_save,
     unusual,
 )
 from experiments.scores import Count, metrics, score
@@ -74,6 +74,7 @@ class Config:
 
 
 ONLY_FOR = {"world": ("n", "seed", "split"), "jsonl": ("data",)}
+
 
 # ---- pictures with their records ----
 Picture = tuple[Image.Image, list[dict]]
@@ -260,7 +261,7 @@ def run(arguments: list[str]) -> None:
         result = evaluate(config)
         name = result_name(config, result["stage"])
     print(f"to be kept in experiments/results/{name}")
-    keep(result, RESULTS / name)
+    print_and_save(result, RESULTS / name)
 
 
 def main(arguments: list[str]) -> int:

@@ -53,8 +53,6 @@ class Config:
 
 
 # ---- files ----
-
-
 def read_manifest(name: str) -> dict:
     """What is known of an official file: tests/golden/manifests/."""
     return json.loads((GOLDEN / "manifests" / f"{name}.json").read_text("utf-8"))
@@ -175,8 +173,6 @@ def forget(files: list[Path]) -> None:
 
 
 # ---- one run of generate.py ----
-
-
 def run(folder: Path, stage: int, dtype: str, new_tokens: int) -> dict[str, float]:
     """Seconds until the weights are loaded and until the end, and the peak of memory in bytes."""
     command = [

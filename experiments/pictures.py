@@ -26,6 +26,7 @@ from torch import Tensor
 from data import IMAGE_TOKEN_ID, Tokenizer, encode_prompt, parse_boxes
 from model import TinyGPTV, autocast
 
+
 # ---- boxes ----
 BoxLabel = tuple[tuple[int, int, int, int], str]  # in hundredths of the picture
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")

@@ -96,17 +96,14 @@ class RunLog:
     def write(
         self, bar: tqdm, step: int, loss: float, lr: float, grad_norm: float, counts: list[float]
     ) -> None:
-        """A line of log.jsonl. counts: samples, tokens, truncated answers and skipped records of
-        the step, over all processes. Raises ValueError where going on makes no sense, OSError if
-        the line can't be written."""
+        """Counts a step, writes its line of log.jsonl, and moves the bar. counts: samples, tokens,
+        truncated answers and skipped records of the step, over all processes. Raises ValueError
+        where going on makes no sense, OSError if the line can't be written."""
         samples, tokens, truncated, skipped = map(int, counts)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        self.samples, self.truncated = self.samples + samples, self.truncated + truncated
-        self.skipped += skipped
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        self.bad_steps += is_bad
-        self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad else 0
+        self.count(samples, truncated, skipped, is_bad)
         if step == 1:
             self.tell(f"first loss {loss:.3f}; guessing among all tokens would be ln(vocabulary) = "
                       f"{self.chance:.3f}")  # fmt: skip
@@ -127,6 +124,13 @@ class RunLog:
             speed = f"{samples / seconds:.0f}"
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", samples_per_second=speed)
         self.check(step, loss, grad_norm)
+
+    def count(self, samples: int, truncated: int, skipped: int, is_bad: bool) -> None:
+        """Adds a step to the totals that `check` and `closing_words` read."""
+        self.samples, self.truncated = self.samples + samples, self.truncated + truncated
+        self.skipped += skipped
+        self.bad_steps += is_bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad else 0
 
     def check(self, step: int, loss: float, grad_norm: float) -> None:
         """Raises ValueError after MAX_BAD_STEPS in a row, or if too many records are bad."""
@@ -168,7 +172,6 @@ def peak_memory_gb() -> float:
 
 
 # ---- the picture ----
-
 WIDTH, HEIGHT, MARGIN = 900, 420, 50
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf")
 
@@ -223,8 +226,8 @@ def draw_losses(folders: Iterable[Path], path: Path) -> None:
 
 
 def draw_run(out: Path) -> None:
-    """loss.png in the folder of a finished run: the losses of the stages beside it, then its own.
-    If that fails it is said and no more: the run has succeeded."""
+    """loss.png in the folder of a finished run: its losses and those of the stages beside it. If
+    that fails it is said and no more: the run has succeeded."""
     logs = [*sorted(out.parent.glob("stage[1-4]/log.jsonl")), out / "log.jsonl"]
     try:
         draw_losses([log.parent for log in logs], out / "loss.png")

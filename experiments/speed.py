@@ -53,8 +53,6 @@ class Config:
 
 
 # ---- models ----
-
-
 def random_model(layers: int) -> TinyGPTV:
     """The official sizes with random weights, matrices in bf16, without LoRA."""
     config = replace(ModelConfig.preset("full", stage=4), lora=None)
@@ -120,8 +118,6 @@ def fused_attention() -> Iterator[None]:
 
 
 # ---- turns ----
-
-
 def bandwidth(probe: Tensor) -> float:
     """GB/s of reading memory, with all threads."""
     began = time.perf_counter()
@@ -246,8 +242,6 @@ def activation_error(int8: TinyGPTV, packed: TinyGPTV) -> float:
 
 
 # ---- starts ----
-
-
 def start(weights: str, pack: bool) -> float:
     """Seconds from the files to the first token about a picture of 224 px, imports aside."""
     image, began = load_image(ROOT / "assets" / "shapes.png"), time.perf_counter()

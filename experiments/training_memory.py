@@ -72,8 +72,6 @@ class Config:
 
 
 # ---- tensors without memory ----
-
-
 class Hollow(FakeTensorMode):
     """Tensors that are made here have no memory, but those of whole numbers are real, and so is
     what is computed of such alone: how many tokens are labels decides shapes."""
@@ -150,8 +148,6 @@ class Meter(TorchDispatchMode):
 
 
 # ---- one step ----
-
-
 def like_a_gpu(model: nn.Module) -> None:
     """Lets a model on a CPU keep for its backward pass what it keeps on a GPU. There autocast
     computes LayerNorm in fp32, RMSNorm is one kernel that keeps its input alone, as LayerNorm's
@@ -271,8 +267,6 @@ def measured_peak(config: Config, sizes: ModelConfig) -> int:
 
 
 # ---- the command line ----
-
-
 def check(config: Config) -> None:
     """Raises ValueError for what a config can't be."""
     if config.stage not in range(5):

@@ -54,8 +54,6 @@ RENEW = "make it again with train.py or quantize.py, or restore the miniature's 
 
 
 # ---- tensors ----
-
-
 def read_tensors(
     path: Path, prefix: str, expected: dict[str, Tensor], copy: bool
 ) -> dict[str, Tensor]:
@@ -86,9 +84,9 @@ def read_safetensors(path: Path, advice: str) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path, advice: str, is_zip: bool) -> object:
-    """What torch.save has written. is_zip: in the container since torch 1.6, which is mapped.
-    Raises ValueError, with the file's size and with advice what to do, for what is damaged, or
-    could do harm."""
+    """What torch.save has written. is_zip: in the zip container of torch 1.6 and later, which is
+    memory-mapped. Raises ValueError, with the file's size and with advice what to do, for what is
+    damaged, or could do harm."""
     described = f"{path} ({path.stat().st_size:,} bytes)"
     try:
         if is_zip and not is_stored(path):
@@ -109,7 +107,7 @@ def read_pickle(path: Path, advice: str, is_zip: bool) -> object:
 
 
 def is_stored(path: Path) -> bool:
-    """Whether all in a zip archive lies there as it is: no few bytes that unpack to gigabytes."""
+    """Whether nothing in a zip archive is compressed, so that no few bytes unpack to gigabytes."""
     with zipfile.ZipFile(path) as archive:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
@@ -182,8 +180,8 @@ def qformer_lacks(found: set[str], expected: Iterable[str]) -> list[str]:
 
 
 def tensors_fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A hash of the first numbers of each tensor, which tells models apart; of all their numbers it
-    would take minutes."""
+    """A hash of the first 64 numbers of each tensor: enough to tell models apart, where hashing all
+    of them would take minutes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().flatten()[:64].float().cpu().numpy())
@@ -216,11 +214,9 @@ def release_all(path: Path | None) -> None:
 
 
 # ---- directories ----
-
-
 def files_below(folder: Path) -> list[Path]:
-    """The files in a folder and up to three folders below it. Links are followed: no further, so
-    that those in a circle end."""
+    """The files in a folder and up to three folders below it. Links are followed; the limit of
+    depth ends those that form a circle."""
     depths = ("*", "*/*", "*/*/*", "*/*/*/*")
     return sorted(path for depth in depths for path in folder.glob(depth) if path.is_file())
 
@@ -304,8 +300,6 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 # ---- models ----
-
-
 def new_projector(config: ProjectorConfig) -> dict[str, Tensor]:
     """A projector that has learned nothing yet (torch's default initialisation), to be trained."""
     return {f"projector.{name}": t for name, t in Projector(config).state_dict().items()}
@@ -326,7 +320,7 @@ def read_model(model: TinyGPTV, folder: Path, device: str, copy: bool) -> Tensor
         trained = {name for name in expected if is_trainable(name)}
         require(own, trained | set(qformer_lacks(set(own), expected)), path)
         model.carried = set(own) - trained
-    else:  # the first half of the projection has a history, the second begins
+    else:  # the first projection comes with the backbones, the second is new
         path = model.backbones / "projection.safetensors"
         own = new_projector(model.config.projector)
         own |= read_tensors(path, "projector.", expected, copy)
@@ -396,8 +390,6 @@ def collected(tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, Tensor
 
 
 # ---- writing ----
-
-
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary file to write into, which takes the place of `path` when all of it is on the
@@ -411,6 +403,8 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, FileNotFoundError) or is_out_of_memory(error):
+            raise  # about what is read meanwhile, or about memory
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # by who writes
             raise OSError(f"cannot write {path} ({error}); nothing else has changed") from error
         raise

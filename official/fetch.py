@@ -174,6 +174,12 @@ def not_weights(beginning: bytes) -> str | None:
     return next(kinds, None)
 
 
+def is_file_name(name: object) -> bool:
+    """Whether it is the plain name of a file, without a folder in it."""
+    return (isinstance(name, str) and name.isprintable() and Path(name).name == name
+            and name not in ("", ".."))  # fmt: skip
+
+
 def sha256(path: Path) -> str:
     """The hash of a file in hexadecimal digits."""
     digest = hashlib.sha256()

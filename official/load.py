@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import is_file_name, printable
+from data import printable
 from experiments.command_line import is_out_of_memory
 from lora import LORA_PRESETS
 from model import ModelConfig, TinyGPTV, half_dtype, is_trainable, set_dtype
@@ -37,7 +37,7 @@ from official.checkpoints import (
     read_tokenizer,
     release,
 )
-from official.fetch import not_weights
+from official.fetch import is_file_name, not_weights
 from official.weights import (
     clip_from_official,
     eva_from_official,
@@ -62,8 +62,9 @@ SIGNS = {
 PARTS_OF = {"visual_encoder": (EVA, CLIP), "qformer": (QFORMER,), "phi": (PHI,)}
 ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 AGAIN = "fetch it again: python official/fetch.py"
-# What Phi-2's files lack of TinyGPT-V's norms, and its checkpoints bring or leave as they began.
+# TinyGPT-V's norms, which Phi-2's files lack: checkpoints bring the weights, biases stay zero.
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
+
 
 @dataclass
 class WeightFile:
@@ -77,8 +78,6 @@ class WeightFile:
 
 
 # ---- files ----
-
-
 def open_weights(path: Path) -> WeightFile:
     """One weight file. Raises ValueError, with the file's size and what to do, for what is not."""
     described = f"{path} ({path.stat().st_size:,} bytes)"
@@ -185,8 +184,6 @@ def choose_checkpoint(
 
 
 # ---- sizes ----
-
-
 def full_config(
     parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None, stage: int
 ) -> ModelConfig:
@@ -204,19 +201,18 @@ def full_config(
 
 
 # ---- filling the model ----
-
-
 class Filling:
     """A model on the meta device, all shapes and no memory, and the tensors it has got so far.
 
-    A tensor at a time is turned into our layout and dtype: there are never two copies of more.
+    Tensors are turned into our layout and dtype one at a time, so that only one is ever in memory
+    twice.
     """
 
     def __init__(self, model: TinyGPTV, device: str, copy: bool):
         self.model, self.device, self.copy = model, device, copy
         self.expected = model.state_dict()
         self.source: dict[str, Path] = {}  # where each tensor came from
-        self.files: list[WeightFile] = []  # that it was taken from
+        self.files: list[WeightFile] = []  # the files taken so far
 
     def take(self, files: list[WeightFile]) -> Tensors:
         """All that the files of one part hold, but for what an earlier part brought."""
@@ -227,7 +223,7 @@ class Filling:
         for names in taken_together(file_of, files[0].part):
             tensors = {name: file_of[name].tensors[name] for name in names}
             size = sum(tensor.nbytes for tensor in tensors.values())
-            if num_read + size > 2**26:
+            if num_read + size > 2**26:  # every 64 MB
                 num_read = 0
                 for file in files:
                     release(file.path)
@@ -308,6 +304,14 @@ class Filling:
             begun[name] = value.to(self.device)
         return begun
 
+    def rest(self, has_checkpoint: bool) -> Tensors:
+        """What no file needs to have; then the report is complete."""
+        begun = self.begin_the_rest(has_checkpoint)
+        yield from begun.items()
+        lines = [self.report(file) for file in self.files]
+        lines += closing_lines(self.model, len(begun), has_checkpoint)
+        self.model.load_report = "\n".join(lines)
+
     def missing(self, name: str) -> ValueError:
         """The error about a tensor that no file holds: its name there, and where it belongs."""
         parts = PARTS_OF[name.split(".")[0]]
@@ -324,7 +328,7 @@ class Filling:
         """All that the stages train has to come from the checkpoint, not from a backbone; and a
         Q-Former comes from it as a whole or not at all.
 
-        The first release of stage 4 was trained with the Q-Former, but without Phi's last norm.
+        The first release of stage 4 trained the Q-Former, too, but not Phi's last norm.
         """
         brought = {name for name, path in self.source.items() if path == checkpoint.path}
         is_first = "qformer.query_tokens" in brought
@@ -351,7 +355,7 @@ def held_twice(name: str, one: Path, other: Path) -> ValueError:
 
 
 def files_by_name(files: list[WeightFile]) -> dict[str, WeightFile]:
-    """Which file holds a tensor. Raises ValueError if two do."""
+    """The file that holds each tensor. Raises ValueError if two do."""
     file_of: dict[str, WeightFile] = {}
     for file in files:
         for name in file.tensors:
@@ -398,18 +402,13 @@ def read_official(
     filling: Filling, parts: dict[str, list[WeightFile]], checkpoint: WeightFile | None
 ) -> Tensors:
     """The tensors of the checkpoint, of the other files, and what none of them has."""
-    model = filling.model
     if checkpoint:
         yield from filling.take([checkpoint])
         filling.check_trained(checkpoint)
-        model.carried = {name for name in filling.source if not is_trainable(name)}
+        filling.model.carried = {name for name in filling.source if not is_trainable(name)}
     for files in parts.values():
         yield from filling.take(files)
-    begun = filling.begin_the_rest(checkpoint is not None)
-    yield from begun.items()
-    files = [file for files in parts.values() for file in files] + [checkpoint] * bool(checkpoint)
-    lines = [filling.report(file) for file in files]
-    model.load_report = "\n".join(lines + closing_lines(model, len(begun), bool(checkpoint)))
+    yield from filling.rest(has_checkpoint=checkpoint is not None)
 
 
 def read_backbones(
@@ -424,15 +423,11 @@ def read_backbones(
     filling.source = dict.fromkeys(own, Path())
     for files in parts.values():
         yield from filling.take(files)
-    has_checkpoint = model.stage > 0
-    begun = filling.begin_the_rest(has_checkpoint)
-    yield from begun.items()
-    lines = [filling.report(file) for file in filling.files]
-    model.load_report = "\n".join(lines + closing_lines(model, len(begun), has_checkpoint))
+    yield from filling.rest(has_checkpoint=model.stage > 0)
 
 
 def closing_lines(model: TinyGPTV, begun: int, has_checkpoint: bool) -> list[str]:
-    """The end of the report: the total, and what is not to be expected."""
+    """The end of the report: the total, and a warning where there is no checkpoint."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = f"; {begun} tensors that no file has are as training begins" if begun else ""
     lines = [f"stage {model.stage}: {total:,} parameters, every one accounted for{rest}"]

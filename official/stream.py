@@ -24,9 +24,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import (
-    RecordDataset, RowSettings, encode_record, is_file_name, load_image, printable, read_records,
-    usable_row, validate_record,
+    RecordDataset, RowSettings, encode_record, load_image, printable, read_records, usable_row,
+    validate_record,
 )  # fmt: skip
+from official.fetch import is_file_name
 
 OFFICIAL = Path(__file__).with_name("mixture.json")
 BLOCK = 512  # a tar file's bytes come in blocks; one of zeros stands at its end

@@ -81,8 +81,6 @@ def number_after(word, text, default=None):
 
 
 # ---- modules of the size that a sidecar describes ----
-
-
 def loaded(module, state):
     module.load_state_dict(state)
     return module.eval()
@@ -122,8 +120,6 @@ def phi_config(config, extra_norms=True):
 
 
 # ---- Phi alone ----
-
-
 def only_phi(phi, lora=None):
     return ModelConfig(None, None, None, phi, lora, stage=0)
 
@@ -171,8 +167,6 @@ def official_greedy(phi, embeds, mask, steps, bos, eos, penalty):
 
 
 # ---- the whole model ----
-
-
 def full_config(case, stage, lora=True):
     meta = case("full_weights").meta["config"]
     projector = ProjectorConfig(
@@ -211,8 +205,6 @@ def schedule_of(config, warmup_lr):
 
 
 # ---- batches ----
-
-
 def turns_of(meta):
     """Prompt and answer of every turn of every sample, worded as the official code does."""
     samples, template = meta["samples"], meta["prompt_template"]

@@ -295,8 +295,6 @@ def test_wrong_arguments_are_one_line(argument, said, capsys):
 
 
 # ---- the report ----
-
-
 def fake_result(
     folder: Path, study: str, name: str, seed: int, loss: float | None, **changed
 ) -> None:

@@ -126,8 +126,6 @@ def test_only_a_question_with_an_answer_is_a_turn(src):
 
 
 # ---- what is left out ----
-
-
 def edit_region(src, **changes):
     path = src / "vg/region_descriptions.json"
     edit(path, lambda images: images[1]["regions"][0].update(changes))
@@ -186,8 +184,6 @@ def test_texts_that_the_normaliser_empties(src):
 
 
 # ---- files ----
-
-
 def test_lists_are_read_piece_by_piece(tmp_path, monkeypatch):
     entries = [{"a": "[{,\u00e9" * n, "b": [n, {}]} for n in range(20)]
     path = tmp_path / "list.json"
@@ -270,8 +266,6 @@ def test_python_2_pickles(tmp_path):
 
 
 # ---- where things are ----
-
-
 def test_other_layouts(src):
     (src / "coco" / "train2014").rename(src / "coco" / "images")
     first = converted("llava_detail", src)[0]

@@ -39,8 +39,6 @@ def write_tokenizer(folder, merges):
 
 
 # ---- pictures ----
-
-
 def test_preprocess_is_clip_normalisation():
     pixels = data.preprocess(Image.new("RGB", (30, 50), (255, 0, 128)), 28)
     assert pixels.shape == (3, 28, 28) and pixels.dtype == torch.float32
@@ -100,8 +98,6 @@ def test_unreadable_images_name_the_file(tmp_path, kind):
 
 
 # ---- tokenizer ----
-
-
 def random_text(rng):
     wide = "éß日本語한국🙂\u200d\u0301\xa0"
     pools = ["abc XYZ 019", "  \t\n", ".,!?'\"<>{}[]#|", "'s 't 're", wide]
@@ -174,8 +170,6 @@ def test_inconsistent_tokenizer_files_are_refused(small):
 
 
 # ---- texts and boxes ----
-
-
 def test_caption_text():
     assert data.caption_text('  A (red)  "Car", it\'s here!\n') == "a red car , it's here"
     assert data.caption_text("w " * 80) == " ".join(["w"] * 50)
@@ -205,7 +199,6 @@ def test_boxes_in_answers(text, boxes, ignored):
 
 
 # ---- prompts and samples ----
-
 IMG = "<Img><ImageHere></Img> "
 BOX = {"phrase": "The Dog.", "boxes": [[10, 20, 50, 60]]}
 
@@ -284,8 +277,6 @@ def test_inference_prompt_refuses(task, text, stage, reason):
 
 
 # ---- records ----
-
-
 def write_records(folder, lines, newline="\n", start=""):
     Image.new("RGB", (100, 80), RED).save(folder / "a.png")
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
@@ -418,8 +409,6 @@ def test_texts_of_no_use_are_named(tmp_path, text):
 
 
 # ---- rows and batches ----
-
-
 def encode(phi, turns, num_images=1, max_txt_len=32, **options):
     return data.encode_sample(turns, phi, num_images, 4, max_txt_len, "###", **options)
 
@@ -492,8 +481,6 @@ def test_left_padding():
 
 
 # ---- streams ----
-
-
 def dataset(folder, phi, lines, **options):
     records = data.read_records(write_records(folder, lines))
     return data.RecordDataset(records, data.RowSettings(4, phi, 28, 4), **options)

@@ -113,8 +113,6 @@ def test_200_answers_of_the_miniature_about_50_pictures(tmp_path, capsys):
 
 
 # ---- twice the same ----
-
-
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 40, 0.95, 1.1, seed=3)])
 def test_the_same_seed_gives_the_same_text(small, sampling):
     prompt = data.inference_prompt("caption", "", 4)

@@ -183,8 +183,6 @@ def test_every_fault_has_tests():
 
 
 # ---- weights (3, 4, 5) ----
-
-
 @pytest.mark.parametrize("content, reason", [
     (b"", "is not a safetensors file"),
     (b"<!DOCTYPE html><p>404", "is a web page"),
@@ -286,8 +284,6 @@ def test_merges_of_characters_that_are_no_bytes_are_refused(weights):
 
 
 # ---- what is saved (2, 22, 26, 30) ----
-
-
 def test_what_is_saved_are_tensors_and_plain_values(small, tmp_path):
     """The state of training: test_run.py reads it with weights_only=True."""
     model = TinyGPTV.from_pretrained(small)
@@ -342,8 +338,6 @@ def test_folders_that_nobody_can_write_to(small, tmp_path, refusal):
 
 
 # ---- pictures (11 to 14) ----
-
-
 @pytest.mark.parametrize("kind", BAD_PICTURES)
 def test_bad_pictures_from_the_command_lines(kind, small, tmp_path, refusal, capsys):
     path = bad_picture(tmp_path, kind)
@@ -382,8 +376,6 @@ def test_a_jpeg_damaged_in_the_middle_decodes(tmp_path):
 
 
 # ---- numbers (20) ----
-
-
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_norms_keep_fp16_from_overflowing(qk_norm):
     """The norm on q and k is there for that: without it the same attention fails."""
@@ -410,8 +402,6 @@ def test_products_in_fp16_on_a_cpu_bring_a_warning(small):
 
 
 # ---- prompts (28) ----
-
-
 def test_a_prompt_of_any_kind(small, drawing, refusal, capsys):
     ask = ["--weights", small, "--img", drawing, "--max-new-tokens", "2", "--task", "detection"]
     told = refusal(generate.main, *ask, "--ask", "a" * 500)
@@ -430,8 +420,6 @@ def test_a_very_long_word_is_no_standstill(character):
 
 
 # ---- records (31) ----
-
-
 @pytest.mark.parametrize("line, reason", [
     ('{"image": "../x.png", "task": "caption", "caption": "a"}', "'../x.png' is not in the folder"),
     ('{"image": "a\\n\\u001b[2J.png", "task": "caption", "caption": "a"}', r"'a\n\x1b[2J.png'"),
@@ -459,8 +447,6 @@ def test_a_file_without_lines_is_not_read_as_one(tmp_path, monkeypatch):
 
 
 # ---- memory, Ctrl-C (30, 32) ----
-
-
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),

@@ -472,7 +472,7 @@ def test_ctrl_c_is_no_error(capsys, picture, monkeypatch):
 def test_no_cuda(capsys, picture):
     code, _, (line,) = run(capsys, "--img", picture, "--device", "cuda")
     assert code == 2
-    assert line == "error: --device cuda: torch finds no such device here; use --device cpu"
+    assert line == "error: --device cuda: torch sees no GPU here; leave it out to use the CPU"
 
 
 def test_no_weights(capsys, picture, tmp_path):

@@ -58,8 +58,6 @@ def tokenizer(golden):
 
 
 # ---- ViT and Q-Former ----
-
-
 @torch.no_grad()
 def test_eva_vit(case):
     golden = case("eva_vit")
@@ -162,8 +160,6 @@ def test_qformer_behind_clip(case):
 
 
 # ---- Phi ----
-
-
 @torch.no_grad()
 def test_phi_hidden_states_and_logits(case):
     golden = case("phi")
@@ -236,8 +232,6 @@ def test_phi_2_with_untrained_norms(case):
 
 
 # ---- LoRA ----
-
-
 @torch.no_grad()
 def test_lora_logits_and_merge(case):
     golden = case("lora")
@@ -283,7 +277,6 @@ def test_stage_4_positions(case):
 
 
 # ---- the whole model: training batches ----
-
 every_stage = pytest.mark.parametrize("name", [
     "full_stage1", "full_stage2", "full_stage3", "full_stage4",
     "full_stage4_conv", "full_stage4_text", "full_stage4_multi",
@@ -391,8 +384,6 @@ def test_cropped_prompts(case, tokenizer):
 
 
 # ---- the whole model: answers ----
-
-
 @torch.no_grad()
 def test_generate(case, tokenizer):
     golden, eos = case("full_generate"), case("full_weights").meta["config"]["phi"]["eos_token_id"]
@@ -445,8 +436,6 @@ def test_chat(case, tokenizer, name):
 
 
 # ---- training ----
-
-
 def test_learning_rate(case):
     meta = case("lr_schedule").meta
     for name, stage in meta["schedules"].items():
@@ -511,8 +500,6 @@ def test_official_checkpoint(case, golden):
 
 
 # ---- pictures and text ----
-
-
 def test_image_preprocessing(case, golden):
     """As officially: EXIF orientation and transparency are ignored (data.load_image heeds them)."""
     images = case("image_preprocess")
@@ -584,8 +571,6 @@ def test_tokenizer_files(case, tokenizer):
 
 
 # ---- the real files: names and shapes ----
-
-
 def manifest(case, name):
     """The tensors of a real file, on the meta device, and all else that is said of it."""
     meta = case(f"manifests/{name}" if "/" not in name else name).meta
@@ -697,8 +682,6 @@ def test_real_checkpoints(case, name, lora):
 
 
 # ---- nothing forgotten ----
-
-
 def test_nothing_in_the_directory_is_left_unused(golden, request):
     """Comes last. Every file, and every tensor but weights, was looked at by a test above."""
     running = {item.name.split("[")[0] for item in request.session.items}

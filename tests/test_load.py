@@ -39,8 +39,6 @@ def case(golden):
 
 
 # ---- writing official files ----
-
-
 def below(weights, prefix):
     return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
 
@@ -163,8 +161,6 @@ def assert_same(state, expected):
 
 
 # ---- what loads ----
-
-
 @pytest.mark.parametrize("layout", ["fused", "split", "microsoft"])
 @pytest.mark.parametrize("container", [("safetensors", 2), ("safetensors", 1), ("bin", 2),
                                        ("bin", 1)])  # fmt: skip
@@ -345,8 +341,6 @@ def test_the_report_accounts_for_every_tensor(case, folder):
 
 
 # ---- and back ----
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_export_gives_back_the_official_checkpoint(case, folder, lora):
     stage = 4 if lora else 1
@@ -399,8 +393,6 @@ def test_export_says_where_it_can_not_write(tmp_path, capsys):
 
 
 # ---- what does not load ----
-
-
 class Malicious:
     def __reduce__(self):
         return print, ("this must not be printed",)
@@ -664,8 +656,6 @@ def test_pages_of_a_file_are_given_back(tmp_path):
 
 
 # ---- from the command line ----
-
-
 def test_the_command_line_reports_once_and_answers(case, folder, golden, monkeypatch, capsys):
     config = full_config(case, 4)
     monkeypatch.setattr(load, "full_config", lambda *_: config)

@@ -127,8 +127,6 @@ def test_the_report_of_loading_goes_to_stderr(small, drawing, monkeypatch, tmp_p
 
 
 # ---- official files ----
-
-
 def test_annotations_that_are_no_json(tmp_path, refusal):
     (tmp_path / "TextCaps_0.1_train.json").write_text("<html>")
     assert convert.main(["textcaps_caption", "--src", str(tmp_path)]) == 2
@@ -162,8 +160,6 @@ def test_control_codes_in_names_do_not_reach_the_terminal(tmp_path):
 
 
 # ---- downloads ----
-
-
 def test_nobody_answers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "PAUSE", 0)
     entry = {"path": "a", "url": "http://127.0.0.1:9/a", "bytes": None, "sha256_prefix": None}
@@ -184,8 +180,6 @@ def test_a_server_that_does_not_say_how_long(length, tmp_path, file, monkeypatch
 
 
 # ---- our own weights ----
-
-
 def rewrite(edit):
     """Edits the tensors of a safetensors file in place."""
 

@@ -60,8 +60,6 @@ def positions_of(mask):
 
 
 # ---- parts ----
-
-
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
@@ -90,8 +88,6 @@ def test_rms_norm():
 
 
 # ---- Phi ----
-
-
 def test_norms_have_the_official_eps(phi):
     """Too small a difference to be seen in the golden vectors' outputs."""
     assert {norm.eps for norm in phi.modules() if isinstance(norm, nn.LayerNorm)} == {1e-5}
@@ -197,8 +193,6 @@ def test_official_numbers_of_parameters():
 
 
 # ---- saving and loading ----
-
-
 def full_config(stage):
     return ModelConfig(
         VisionConfig(28, 14, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8),

@@ -70,8 +70,6 @@ def error(found, right):
 
 
 # ---- the idea ----
-
-
 def test_no_weight_is_off_by_more_than_half_a_step():
     weight = torch.randn(50, 300).double() * torch.logspace(-6, 6, 50)[:, None]
     weight[3, 7] = 1e5  # a row with an outlier
@@ -140,8 +138,6 @@ def test_packing_lets_go_of_each_layer_before_the_next():
 
 
 # ---- layers and their twins ----
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 96), (2, 3, 96), (2, 40, 96)])
 def test_int8_linear_equals_its_definition(shape, bias):
@@ -252,8 +248,6 @@ def test_a_cpu_without_the_unit_is_found_out_and_still_answers(int8_directory):
 
 
 # ---- a layer of Phi ----
-
-
 def small_phi():
     phi = Phi(CONFIG)
     for parameter in phi.parameters():
@@ -313,8 +307,6 @@ def test_int8_blocks_show_their_attention():
 
 
 # ---- the whole model ----
-
-
 def int8_state():
     model = TinyGPTV.from_pretrained(WEIGHTS)
     merge_lora(model)
@@ -429,8 +421,6 @@ def test_the_commands(int8_directory, tmp_path):
 
 
 # ---- what is refused ----
-
-
 def failure(capsys, *arguments):
     assert quantize.main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -457,6 +447,14 @@ def test_what_was_begun_is_taken_away_after_an_error(tmp_path, capsys):
     assert "cannot write" in told and "disk full" in told
     assert list((tmp_path / "a").iterdir()) == []
     assert quantize.main(["--weights", str(WEIGHTS), "--out", str(tmp_path / "a")]) == 0
+
+
+def test_a_missing_file_of_the_source_is_named(tmp_path, capsys):
+    source = shutil.copytree(WEIGHTS, tmp_path / "source")
+    (source / "phi.safetensors").unlink()
+    told = failure(capsys, "--weights", source, "--out", tmp_path / "a")
+    assert "phi.safetensors is missing" in told and "cannot write" not in told
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_a_quantized_model_is_not_saved_or_trained(int8_directory, tmp_path):

@@ -30,8 +30,8 @@ from test_load import EVA, PHI, QFORMER, STAGE
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "miniature" / "weights"
 
-# ---- no file runs code ----
 
+# ---- no file runs code ----
 class Payload:
     """Makes a folder when it is unpickled."""
 
@@ -148,8 +148,6 @@ def test_nothing_in_the_code_can_run_what_it_reads():
 
 
 # ---- no name leads elsewhere, no size is believed ----
-
-
 @pytest.mark.parametrize("name", ["../mine", "/etc/mine", "a/b", "..", ""])
 def test_a_mixture_names_datasets_in_its_folder(name, tmp_path):
     (tmp_path / "mixture.json").write_text(json.dumps({"4": {name: [1, 6]}}))

@@ -67,8 +67,6 @@ def answer(phi, row):
 
 
 # ---- shards ----
-
-
 @pytest.mark.parametrize("name", ["laion", "cc_sbu"])
 def test_pairs_are_the_official_ones(name, phi):
     paths = sorted((GOLDEN / "data" / name).glob("*.tar"))
@@ -203,7 +201,6 @@ def test_shards_without_a_pair(tmp_path, phi):
 
 
 # ---- mixtures ----
-
 # Dataset: ratio and batch size of the configuration XGPTv2_stage4.
 STAGE_4 = {
     "multitask_conversation": (50, 2), "llava_conversation": (30, 2), "llava_detail": (20, 4),
