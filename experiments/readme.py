@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.ablation_report import ablation_section, draw_ablation
+from experiments.ablation_report import METRICS, ablation_section, draw_ablation, metric_of
 from experiments.architecture import draw_architecture, shape_table, shapes
 from experiments.run_log import COLORS, draw_losses
 from experiments.speed import CAPTION_TOKENS
@@ -64,10 +64,7 @@ def stage_table() -> str:
 
 def metric_cells(scores: dict) -> list[str]:
     """The six scores of a result of evaluate.py."""
-    vqa = scores["vqa"]
-    values = [scores["caption_f1"], vqa and vqa["mean"]]
-    names = ("refer_iou50", "identify", "detection_f1", "grounding_f1")
-    return [cell(value) for value in values + [scores[name] for name in names]]
+    return [cell(metric_of(scores, name)) for name in METRICS]
 
 
 def score_table() -> str:
@@ -100,8 +97,7 @@ def weakest() -> str:
     """What the miniature does worst: a kind of question, and a task."""
     scores = result("world_test_stage4")
     kinds = {kind: value for kind, value in scores["vqa"].items() if kind != "mean"}
-    tasks = {name.split("_")[0]: value for name, value in scores.items()
-             if name in ("caption_f1", "refer_iou50", "identify", "detection_f1", "grounding_f1")}
+    tasks = {name.split()[0]: metric_of(scores, name) for name in METRICS if name != "VQA"}
     (kind, answered), (task, done) = (min(some.items(), key=itemgetter(1))
                                       for some in (kinds, tasks))  # fmt: skip
     return (f"Of the kinds of question the miniature is weakest at `{kind}` ({answered:.3f}), of "

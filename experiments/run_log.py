@@ -3,7 +3,6 @@
     python experiments/run_log.py runs/stage1 runs/stage2 ...     draws their losses side by side
 """
 
-import fcntl
 import json
 import math
 import resource
@@ -19,6 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.command_line import exit_code
+from official.checkpoints import lock
 
 MAX_BAD_STEPS = 20  # in a row; fp16's loss scale takes up to 16 to settle
 MAX_SKIPPED = 0.01  # of the samples, once there were MIN_SAMPLES
@@ -43,11 +43,7 @@ class RunLog:
             return
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.jsonl", "a+", encoding="utf-8")
-        try:
-            # Of this process alone: flock's would live on in the processes that make batches.
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another training is writing to {out}; say out=...") from None
+        lock(self.file, f"another training is writing to {out}; say out=...")
         if not resume and (self.file.tell() or (out / "model.safetensors").exists()):
             way = "go on with it by resume=1, " * (out / "train_state.pt").exists()
             raise ValueError(

@@ -1,6 +1,5 @@
 """What the two long runs of pre-training share: AdamW, its learning rate, saving; and a lock."""
 
-import fcntl
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from official.checkpoints import replace_file
+from official.checkpoints import lock, replace_file
 from train import optimizer_groups
 
 
@@ -41,10 +40,7 @@ def locked(path: Path) -> Iterator[None]:
     """Within, no other process makes what this lock file stands for. Raises ValueError if one
     does so already."""
     with open(path, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process at the latest
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process makes this part; wait for it") from None
+        lock(file, f"{path}: another process makes this part; wait for it")
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ memory twice. What is written replaces the old file when it is whole, and not be
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import mmap
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -390,6 +392,15 @@ def collected(tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, Tensor
 
 
 # ---- writing ----
+def lock(file: TextIO, told: str) -> None:
+    """Locks an open file until it is closed. Raises ValueError with what is told if another process
+    holds it. The lock is this process's alone: flock's would live on in those that it starts."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(told) from None
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary file to write into, which takes the place of `path` when all of it is on the
