@@ -225,7 +225,7 @@ class Filling:
             size = sum(tensor.nbytes for tensor in tensors.values())
             if num_read + size > 2**26:  # every 64 MB
                 num_read = 0
-                for file in files:
+                for file in self.files:  # the checkpoint, too: its LoRA is read layer by layer
                     release(file.path)
             num_read += size
             ours, ignored = self.place(file_of[names[0]], tensors, placed)
