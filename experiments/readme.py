@@ -251,11 +251,15 @@ def attention_table() -> str:
 
 
 def agreement() -> str:
-    """How many answers of the quantized miniature are those of the miniature itself."""
+    """How many answers of the rounded miniature are those of the miniature itself."""
     found = result("agreement")
-    shares = ", ".join(f"{task} {share:.1%}" for task, share in found["by_task"].items())
-    return (f"Of {found['questions']:,} greedy answers about test scenes {found['same']:.1%} "
-            f"are the very same: {shares}.")  # fmt: skip
+    lines = [f"Of {found['questions']:,} greedy answers about test scenes so many are the same:", "",
+             "| | all | " + " | ".join(found["int8"]["by_task"]) + " |",
+             "|---" * (len(found["int8"]["by_task"]) + 2) + "|"]  # fmt: skip
+    for name in ("int8", "bf16"):
+        shares = [found[name]["same"], *found[name]["by_task"].values()]
+        lines.append(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    return "\n".join(lines)
 
 
 def described() -> str:
