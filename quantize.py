@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -149,17 +150,21 @@ class PackedLinear(nn.Module):
     step of its own, so that its largest number just fits. order: in which the rows of W are stored,
     if not as they are. Where one byte would be too coarse, because a few numbers are much larger
     than the others, it takes two. For CPUs only, and not to be moved or saved.
+
+    Most CPUs multiply vectors (VNNI) and are fastest with weights in an order of their own, into
+    which oneDNN packs them. A unit for matrices (AMX) takes them as they are.
     """
 
     def __init__(self, linears: list[Int8Linear], num_bytes: int, order: Tensor | None = None):
         super().__init__()
         order = slice(None) if order is None else order
-        weight = torch.cat([linear.weight for linear in linears])[order]
-        self.scale = torch.cat([linear.scale for linear in linears])[order]
+        weight = joined([linear.weight for linear in linears])[order]
+        self.scale = joined([linear.scale for linear in linears])[order]
         biases = [torch.zeros_like(linear.scale) if linear.bias is None else linear.bias.float()
                   for linear in linears]  # fmt: skip
-        self.bias = torch.cat(biases)[order]
-        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)  # in the unit's own order
+        self.bias = joined(biases)[order]
+        self.is_plain = torch.cpu._is_amx_tile_supported()
+        self.weight = weight if self.is_plain else torch.ops.onednn.qlinear_prepack(weight, None)
         self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
         self.num_bytes = num_bytes
 
@@ -167,30 +172,44 @@ class PackedLinear(nn.Module):
         """x (..., in) -> (..., out) in fp32."""
         rows = x.flatten(0, -2).float()  # (n, in)
         magnitudes = rows.abs()
-        largest = magnitudes.amax(dim=1, keepdim=True).clamp_(min=TINY)  # (n, 1)
+        largest = magnitudes.amax(dim=1, keepdim=True)  # (n, 1)
         num_bytes = self.num_bytes
         if num_bytes == 1 and is_coarse(magnitudes, largest / 127):
             num_bytes = 2
-        step = largest / (127 * 256 ** (num_bytes - 1))
+        step = torch.add(LEAST_STEP, largest, alpha=1 / LARGEST[num_bytes])
         y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
         if num_bytes == 2:
             y = torch.add(y[: len(rows)], y[len(rows) :], alpha=256)
-        return torch.addcmul(self.bias, y, step).unflatten(0, x.shape[:-1])
+        return torch.addcmul(self.bias, y, step).contiguous().unflatten(0, x.shape[:-1])
 
     def multiply(self, numbers: Tensor) -> Tensor:
-        """(n, in) of uint8, where 128 stands for 0 -> (n, out) in fp32."""
+        """(num_bytes, n, in) of uint8, where 128 stands for 0 -> (num_bytes * n, out) in fp32."""
+        if self.is_plain:
+            signed = (numbers ^ 128).flatten(0, 1).view(torch.int8)  # 128 is 0
+            if len(signed) <= 16:  # W is read faster from the left
+                y = torch._int_mm(self.weight, signed.T).T
+            else:
+                y = torch._int_mm(signed, self.weight.T)
+            return y * self.scale
         return torch.ops.onednn.qlinear_pointwise(
-            numbers, 1.0, 128,  # x: scale, zero point
+            numbers.flatten(0, 1), 1.0, 128,  # x: scale, zero point
             self.weight, self.scale, self.zero_points, None,  # W: packed; no bias
             1.0, 0, torch.float32, "none", [], "",  # y: scale, zero point, type; nothing after it
         )  # fmt: skip
 
 
+def joined(tensors: list[Tensor]) -> Tensor:
+    """Some tensors as one; a single one as it is, where it lies."""
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+LARGEST = {1: 127, 2: 127 * 256}  # in steps
+LEAST_STEP = torch.tensor(TINY)
 OFFSETS = {1: torch.tensor(2.0**23 + 128), 2: torch.tensor(2.0**23 + 128 * 256 + 128)}
 
 
 def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
-    """rows (n, in) of fp32 as whole numbers of steps (n, 1) -> uint8 (num_bytes * n, in), first the
+    """rows (n, in) of fp32 as whole numbers of steps (n, 1) -> uint8 (num_bytes, n, in), first the
     low bytes of all rows, then the high ones.
 
     128 is added to each byte, which makes it unsigned, and 2^23 to the whole: from there on
@@ -198,7 +217,7 @@ def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
     number that it was rounded to.
     """
     numbers = torch.addcdiv(OFFSETS[num_bytes], rows, step).view(torch.uint8)  # (n, 4 * in)
-    return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
+    return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0)
 
 
 def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
@@ -211,16 +230,18 @@ def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
 @functools.cache
 def has_int8_unit() -> bool:
     """Whether this CPU multiplies bytes exactly. One without the instructions for it (VNNI) adds
-    pairs of products up in 16 bits, where the largest do not fit: so the largest are tried."""
+    pairs of products up in 16 bits, where the largest do not fit: so the largest are tried, in few
+    rows and in many."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     linear = nn.Linear(128, 64, bias=False, device="meta")
     linear.weight = nn.Parameter(torch.full((64, 128), 127.0))
     try:
-        y = PackedLinear([Int8Linear(linear)], 2)(torch.ones(3, 128))
+        multiply = PackedLinear([Int8Linear(linear)], 2)
+        found = [multiply(torch.ones(rows, 128)) for rows in (1, 20)]
     except (RuntimeError, AttributeError):  # a torch that was built without oneDNN
         return False
-    return bool((y == 127 * 128).all())
+    return all(((y - 127 * 128).abs() < 1).all() for y in found)
 
 
 class Int8Block(nn.Module):
@@ -304,12 +325,15 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     the weights are never in memory twice."""
     phi.requires_grad_(False)
     has_norms = phi.config.qk_norm and phi.config.attn_norm
-    for number in range(len(phi.layers)):
+
+    def pack(number: int) -> None:
         if has_norms:
             phi.layers[number] = Int8Block(phi.layers[number], phi.config.rotary_dim)
         else:  # a study of TinyGPT-V without its norms
             pack_layers(phi.layers[number], 2)
         release()
+
+    two_at_a_time(pack, len(phi.layers))
     phi.lm_head = PackedLinear([phi.lm_head], 2)
     release()
 
@@ -317,10 +341,19 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
 def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
     """The same for the ViT, with one byte a number wherever that is not too coarse."""
     vit.requires_grad_(False)
-    for number, block in enumerate(vit.blocks):
-        pack_layers(block, 1)
-        vit.blocks[number] = Int8VisionBlock(block)
+
+    def pack(number: int) -> None:
+        pack_layers(vit.blocks[number], 1)
+        vit.blocks[number] = Int8VisionBlock(vit.blocks[number])
         release()
+
+    two_at_a_time(pack, len(vit.blocks))
+
+
+def two_at_a_time(pack: Callable[[int], None], layers: int) -> None:
+    """Packs so many layers in two threads: oneDNN rearranges the weights of each in one."""
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(pack, range(layers)))  # a list, so that an error is not lost
 
 
 def pack_layers(block: nn.Module, num_bytes: int) -> None:

@@ -68,15 +68,18 @@ class PatchEmbed(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, each (B, heads, N, head_dim).
 
-    In bf16 on a CPU torch's fused call is slow at EVA's head_dim of 88, so two heads at a time are
-    multiplied plainly. Scores are rounded to bf16, where small ones lose less, so the mean of all
-    keys, which softmax cannot see, is subtracted first. In all other cases, and with gradients, it
-    is the fused call.
+    In bf16 on a CPU the mean of all keys is subtracted first: softmax cannot see it, and what is
+    left loses less by rounding. Without a unit for matrices (AMX) torch's fused call is slow there
+    at EVA's head_dim of 88, so two heads at a time are multiplied plainly. In all other cases, and
+    with gradients, it is the fused call on what there is.
     """
     half = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
-    k = (k - k.mean(dim=2, keepdim=True)) / math.sqrt(q.shape[-1])
+    k = k - k.mean(dim=2, keepdim=True)
+    if torch.cpu._is_amx_tile_supported():
+        return F.scaled_dot_product_attention(q, k, v)
+    k = k / math.sqrt(q.shape[-1])
     q, k, v = (x.bfloat16().split(2, dim=1) for x in (q, k, v))
     return torch.cat([(a @ b.mT).softmax(dim=-1) @ c for a, b, c in zip(q, k, v)], dim=1)
 

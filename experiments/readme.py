@@ -190,6 +190,47 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def aims_table() -> str:
+    """What was aimed at in 8 bits, and what came of it."""
+    speed, memory = result("speed"), result("memory")
+    ours, ratios, starts = speed["variants"]["int8"], speed["ratios"], speed["first_token"]
+    made, whole = memory["quantize.py"], result("official_sized")["runs"][0]["model_gb"]
+    share = (0.75, "up to 45 GB/s") if ours["bandwidth"] <= 45 else (0.55, "above 45 GB/s")
+    plain, peer = "bf16, fused attention", "llama.cpp Q8_0"
+    at_least = [
+        (f"a token, of the bandwidth ({share[1]})", share[0], ours["share"], "{:.0%}"),
+        ("a token, times as fast as llama.cpp", 1, ratios.get(f"token, {peer}"), "{:.2f}"),
+        ("... as dequantizing, then multiplying", 20,
+         ratios["token, dequantize, then multiply"], "{:.1f}"),
+        ("prompt of 64 tokens, times as fast as llama.cpp", 2.3, ratios.get(f"prefill, {peer}"),
+         "{:.2f}"),
+        ("picture of 224 px, times as fast as bf16 with fused attention", 1.8,
+         ratios[f"picture_224, {plain}"], "{:.2f}"),
+        ("... of 448 px", 2, ratios[f"picture_448, {plain}"], "{:.2f}"),
+        ("picture to 20 words, times as fast as bf16", 2.5, ratios["caption, bf16"], "{:.2f}"),
+        ("answers of the miniature that int8 leaves as they are", 0.99,
+         result("agreement")["int8"]["same"], "{:.1%}"),
+    ]  # fmt: skip
+    at_most = [
+        ("error by activations in whole numbers", 0.001, speed["activation_error"], "{:.4%}"),
+        ("memory for an answer about 448 px", 4.6, memory["int8"]["peak"], "{:.2f} GB"),
+        ("first token, weights as they lie", 2, starts["as it lies"], "{:.1f} s"),
+        ("first token, weights packed", 10, starts["packed"], "{:.1f} s"),
+        ("`quantize.py`: memory", 0.6, made["peak"], "{:.2f} GB"),
+        (f"`quantize.py`: time for 5.6 of its {whole} GB", 30, made["seconds"] / whole * 5.6,
+         "{:.1f} s"),
+    ]  # fmt: skip
+    rows = ["| | aim | reached | |", "|---|---|---|---|"]
+    for sign, aims in (("≥", at_least), ("≤", at_most)):
+        for what, aim, found, form in aims:
+            if found is None:  # without a peer
+                continue
+            missed = found < aim if sign == "≥" else found > aim
+            rows.append(f"| {what} | {sign} {form.format(aim)} | {form.format(found)} "
+                        f"| {'missed' if missed else ''} |")  # fmt: skip
+    return "\n".join(rows)
+
+
 def training_table() -> str:
     """The memory that a step of each stage needs, by the plan."""
     runs = result("training_memory")["runs"]
@@ -301,6 +342,7 @@ def main() -> None:
     text = put(text, "size", size_table())
     draw_speed(ROOT / "assets" / "speed.png")
     text = put(text, "speed", speed_table() + "\n\n" + memory_table())
+    text = put(text, "aims", aims_table())
     text = put(text, "attention", attention_table())
     text = put(text, "agreement", agreement())
     text = put(text, "training", training_table())

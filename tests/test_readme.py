@@ -56,6 +56,7 @@ def test_tables_are_what_the_results_say():
     assert between("stages") == readme.stage_table() + "\n\n" + readme.score_table()
     assert between("size") == readme.size_table()
     assert between("speed") == readme.speed_table() + "\n\n" + readme.memory_table()
+    assert between("aims") == readme.aims_table()
     assert between("attention") == readme.attention_table()
     assert between("agreement") == readme.agreement()
     assert between("training") == readme.training_table()

@@ -71,10 +71,13 @@ def test_attention_equals_its_naive_twin():
     assert_close(attention(x), attention.proj(y.transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("heads", [4, 5])
 @torch.no_grad()
-def test_attention_by_heads_is_as_exact_as_bf16_can_be(heads):
-    """In bf16 on a CPU; keys with much in common, as EVA's have, would cost precision."""
+def test_attention_is_as_exact_as_bf16_can_be(heads, amx, monkeypatch):
+    """In bf16 on a CPU, with AMX and by heads; keys with much in common, as EVA's have, would cost
+    precision."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 60, 88) for _ in range(3))
     k += 10 * torch.randn(88)
