@@ -8,14 +8,14 @@ Read it from the leaves to the root:
 
     quantize_rows, dequantize    the idea: whole numbers from -127 to 127, and one scale a row
     Int8Linear                   a linear layer that keeps such weights
-    PackedLinear                 the same product in whole numbers, on the CPU's int8 unit
+    PackedLinear                 the same product in whole numbers, on a CPU's int8 unit
+                                 (VNNI, for vectors, or AMX, for matrices)
     Int8Block, Int8VisionBlock   a layer of Phi, and of the ViT, around such products
     quantize_tensors, main       a model from file to file, tensor by tensor:
 
     python quantize.py --weights DIR --out DIR
 """
 
-import functools
 import json
 import math
 import platform
@@ -24,6 +24,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -151,22 +152,23 @@ class PackedLinear(nn.Module):
     if not as they are. Where one byte would be too coarse, because a few numbers are much larger
     than the others, it takes two. For CPUs only, and not to be moved or saved.
 
-    Most CPUs multiply vectors (VNNI) and are fastest with weights in an order of their own, into
-    which oneDNN packs them. A unit for matrices (AMX) takes them as they are.
+    A unit for vectors (VNNI) wants W in another order, into which oneDNN packs it. A unit for
+    matrices (AMX) reads W row by row, so that a single layer stays where it lies; several layers,
+    or rows in another order, are copied once.
     """
 
     def __init__(self, linears: list[Int8Linear], num_bytes: int, order: Tensor | None = None):
         super().__init__()
-        order = slice(None) if order is None else order
-        weight = joined([linear.weight for linear in linears])[order]
-        self.scale = joined([linear.scale for linear in linears])[order]
         biases = [torch.zeros_like(linear.scale) if linear.bias is None else linear.bias.float()
                   for linear in linears]  # fmt: skip
-        self.bias = joined(biases)[order]
-        self.is_plain = torch.cpu._is_amx_tile_supported()
-        self.weight = weight if self.is_plain else torch.ops.onednn.qlinear_prepack(weight, None)
-        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
+        self.weight = joined([linear.weight for linear in linears], order)
+        self.scale = joined([linear.scale for linear in linears], order)
+        self.bias = joined(biases, order)
         self.num_bytes = num_bytes
+        self.has_amx = torch.cpu.get_capabilities().get("amx_int8", False)
+        if not self.has_amx:
+            self.zero_points = torch.zeros(len(self.weight), dtype=torch.int32)
+            self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in fp32."""
@@ -180,36 +182,38 @@ class PackedLinear(nn.Module):
         y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
         if num_bytes == 2:
             y = torch.add(y[: len(rows)], y[len(rows) :], alpha=256)
-        return torch.addcmul(self.bias, y, step).contiguous().unflatten(0, x.shape[:-1])
+        y = torch.addcmul(self.bias, y, step)
+        return y.contiguous().unflatten(0, x.shape[:-1])  # it may lie transposed
 
     def multiply(self, numbers: Tensor) -> Tensor:
-        """(num_bytes, n, in) of uint8, where 128 stands for 0 -> (num_bytes * n, out) in fp32."""
-        if self.is_plain:
-            signed = (numbers ^ 128).flatten(0, 1).view(torch.int8)  # 128 is 0
-            if len(signed) <= 16:  # W is read faster from the left
-                y = torch._int_mm(self.weight, signed.T).T
-            else:
-                y = torch._int_mm(signed, self.weight.T)
-            return y * self.scale
-        return torch.ops.onednn.qlinear_pointwise(
-            numbers.flatten(0, 1), 1.0, 128,  # x: scale, zero point
-            self.weight, self.scale, self.zero_points, None,  # W: packed; no bias
-            1.0, 0, torch.float32, "none", [], "",  # y: scale, zero point, type; nothing after it
-        )  # fmt: skip
+        """(n, in) of uint8, where 128 stands for 0 -> (n, out) in fp32."""
+        if not self.has_amx:
+            return torch.ops.onednn.qlinear_pointwise(
+                numbers, 1.0, 128,  # x: scale, zero point
+                self.weight, self.scale, self.zero_points, None,  # W: packed; no bias
+                1.0, 0, torch.float32, "none", [], "",  # y: scale, zero point, type; nothing after
+            )  # fmt: skip
+        signed = (numbers ^ 128).view(torch.int8)  # to turn the highest bit over subtracts 128
+        if len(signed) <= 16:  # few rows: W xᵀ reads W faster than x Wᵀ does
+            y = torch._int_mm(self.weight, signed.T).T
+        else:
+            y = torch._int_mm(signed, self.weight.T)
+        return y * self.scale
 
 
-def joined(tensors: list[Tensor]) -> Tensor:
-    """Some tensors as one; a single one as it is, where it lies."""
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+def joined(tensors: list[Tensor], order: Tensor | None) -> Tensor:
+    """Tensors as one, its rows in that order; a single one without an order where it lies."""
+    whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0].detach()
+    return whole if order is None else whole[order]
 
 
 LARGEST = {1: 127, 2: 127 * 256}  # in steps
-LEAST_STEP = torch.tensor(TINY)
+LEAST_STEP = torch.tensor(TINY)  # so that a row of zeros is not 0 / 0
 OFFSETS = {1: torch.tensor(2.0**23 + 128), 2: torch.tensor(2.0**23 + 128 * 256 + 128)}
 
 
 def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
-    """rows (n, in) of fp32 as whole numbers of steps (n, 1) -> uint8 (num_bytes, n, in), first the
+    """rows (n, in) of fp32 as whole numbers of steps (n, 1) -> uint8 (num_bytes * n, in), first the
     low bytes of all rows, then the high ones.
 
     128 is added to each byte, which makes it unsigned, and 2^23 to the whole: from there on
@@ -217,7 +221,7 @@ def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
     number that it was rounded to.
     """
     numbers = torch.addcdiv(OFFSETS[num_bytes], rows, step).view(torch.uint8)  # (n, 4 * in)
-    return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0)
+    return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
 
 
 def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
@@ -227,7 +231,7 @@ def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
     return bool((step / math.sqrt(12) > 0.04 * magnitudes.mean(dim=1, keepdim=True)).any())
 
 
-@functools.cache
+@cache
 def has_int8_unit() -> bool:
     """Whether this CPU multiplies bytes exactly. One without the instructions for it (VNNI) adds
     pairs of products up in 16 bits, where the largest do not fit: so the largest are tried, in few
@@ -241,6 +245,7 @@ def has_int8_unit() -> bool:
         found = [multiply(torch.ones(rows, 128)) for rows in (1, 20)]
     except (RuntimeError, AttributeError):  # a torch that was built without oneDNN
         return False
+    # The step is rounded, which is nothing; sums that did not fit are off by thousands.
     return all(((y - 127 * 128).abs() < 1).all() for y in found)
 
 
@@ -321,19 +326,13 @@ class Int8VisionBlock(nn.Module):
 
 def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     """Makes the products of a quantized Phi ready for the int8 unit, in place, with two bytes a
-    number. release: called after each layer, to give back the memory of its old form, so that
-    the weights are never in memory twice."""
+    number. release: called after each layer, by one of two threads, to give back the memory of
+    its old form, so that no more than two layers are in memory twice."""
     phi.requires_grad_(False)
-    has_norms = phi.config.qk_norm and phi.config.attn_norm
-
-    def pack(number: int) -> None:
-        if has_norms:
-            phi.layers[number] = Int8Block(phi.layers[number], phi.config.rotary_dim)
-        else:  # a study of TinyGPT-V without its norms
-            pack_layers(phi.layers[number], 2)
-        release()
-
-    two_at_a_time(pack, len(phi.layers))
+    packed = partial(Int8Block, rotary_dim=phi.config.rotary_dim)
+    if not (phi.config.qk_norm and phi.config.attn_norm):  # a study of TinyGPT-V without its norms
+        packed = partial(pack_layers, num_bytes=2)
+    pack_each(phi.layers, packed, release)
     phi.lm_head = PackedLinear([phi.lm_head], 2)
     release()
 
@@ -341,26 +340,28 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
 def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
     """The same for the ViT, with one byte a number wherever that is not too coarse."""
     vit.requires_grad_(False)
+    pack_each(vit.blocks, lambda block: Int8VisionBlock(pack_layers(block, 1)), release)
+
+
+def pack_each(
+    blocks: nn.ModuleList, packed: Callable[[nn.Module], nn.Module], release: Callable[[], None]
+) -> None:
+    """Replaces each block by packed(block), two at a time: oneDNN packs with one thread only."""
 
     def pack(number: int) -> None:
-        pack_layers(vit.blocks[number], 1)
-        vit.blocks[number] = Int8VisionBlock(vit.blocks[number])
+        blocks[number] = packed(blocks[number])
         release()
 
-    two_at_a_time(pack, len(vit.blocks))
-
-
-def two_at_a_time(pack: Callable[[int], None], layers: int) -> None:
-    """Packs so many layers in two threads: oneDNN rearranges the weights of each in one."""
     with ThreadPoolExecutor(2) as executor:
-        list(executor.map(pack, range(layers)))  # a list, so that an error is not lost
+        list(executor.map(pack, range(len(blocks))))  # a list, so that an error is not lost
 
 
-def pack_layers(block: nn.Module, num_bytes: int) -> None:
-    """Replaces, in place, every Int8Linear below `block` by a PackedLinear."""
+def pack_layers(block: nn.Module, num_bytes: int) -> nn.Module:
+    """Replaces, in place, every Int8Linear below `block` by a PackedLinear; returns the block."""
     for name, layer in list(block.named_modules()):
         if isinstance(layer, Int8Linear):
             block.set_submodule(name, PackedLinear([layer], num_bytes))
+    return block
 
 
 # ---- from file to file ----

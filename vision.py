@@ -68,16 +68,17 @@ class PatchEmbed(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, each (B, heads, N, head_dim).
 
-    In bf16 on a CPU the mean of all keys is subtracted first: softmax cannot see it, and what is
-    left loses less by rounding. Without a unit for matrices (AMX) torch's fused call is slow there
-    at EVA's head_dim of 88, so two heads at a time are multiplied plainly. In all other cases, and
-    with gradients, it is the fused call on what there is.
+    In bf16 on a CPU the mean of all keys is subtracted first, which softmax cannot see. Small
+    numbers lose less by rounding: of the keys, where they come in fp32, and of the scores, which
+    plain products round to bf16. On a CPU without AMX, a unit for matrices of bf16, torch's fused
+    call is slow at EVA's head_dim of 88, so two heads at a time are multiplied plainly. On other
+    devices, in fp32 and with gradients it is the fused call alone.
     """
     half = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
     k = k - k.mean(dim=2, keepdim=True)
-    if torch.cpu._is_amx_tile_supported():
+    if torch.cpu.get_capabilities().get("amx_bf16", False):
         return F.scaled_dot_product_attention(q, k, v)
     k = k / math.sqrt(q.shape[-1])
     q, k, v = (x.bfloat16().split(2, dim=1) for x in (q, k, v))

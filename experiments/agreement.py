@@ -2,9 +2,9 @@
 
     python experiments/agreement.py n=1000
 
-Questions of every task and kind about test scenes, greedy decoding, whole answers compared. Where
-two tokens are about as probable, whatever rounds will now and then choose the other one: so the
-miniature in bf16, which nobody would call damaged, is compared with itself in fp32 as well.
+Questions of every task and kind about test scenes, greedy decoding, whole answers compared. Any
+rounding can turn over a choice between two tokens that are about as probable, so the miniature in
+bf16 is compared with itself in fp32, too.
 """
 
 import sys
@@ -45,7 +45,8 @@ def compare(config: Config) -> dict:
     given = {name: list(evaluate.answered(model, pictures, settings))
              for name, model in models.items()}  # fmt: skip
     whole = given.pop("fp32")
-    return {"questions": len(whole)} | {name: agreement(whole, rows) for name, rows in given.items()}
+    shares = {name: agreement(whole, rows) for name, rows in given.items()}
+    return {"questions": len(whole)} | shares
 
 
 def agreement(whole: list[tuple], rounded: list[tuple]) -> dict:

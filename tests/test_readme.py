@@ -85,6 +85,34 @@ def test_speed_is_told_as_far_as_it_was_measured(monkeypatch):
     assert "first token" not in readme.speed_table()
 
 
+def test_aims_are_told_as_far_as_they_were_measured(monkeypatch):
+    found = {name: readme.result(name) for name in ("speed", "memory", "agreement",
+             "official_sized", "world_test_stage4", "world_test_stage4_weights-int8")}  # fmt: skip
+    found["speed"]["first_token"] = {"packed": 25.0, "as it lies": 1.0}
+    found["speed"]["ratios"]["token, llama.cpp Q8_0"] = 0.62
+    found["memory"]["int8"]["peak"] = 4.6
+    monkeypatch.setattr(readme, "result", found.get)
+    table = readme.aims_table()
+    assert "| to the first token, weights packed | ≤ 10.0 s | 25.0 s | missed |" in table
+    assert "| to the first token, weights as they lie | ≤ 2.0 s | 1.0 s |  |" in table
+    assert "| a token, times as fast as llama.cpp | ≥ 1.00 | 0.62 | missed |" in table
+    assert "| memory for an answer about 448 px | ≤ 4.60 GB | 4.60 GB |  |" in table
+    del found["speed"]["first_token"]
+    found["speed"]["ratios"] = {key: value for key, value in found["speed"]["ratios"].items()
+                                if "llama" not in key}  # fmt: skip
+    assert "first token" not in readme.aims_table() and "llama" not in readme.aims_table()
+
+
+def test_the_largest_drop_is_of_all_scores(monkeypatch):
+    whole = {"n": 500, "caption_f1": 0.95, "refer_iou50": 0.9, "vqa": {"color": 0.9, "mean": 0.9}}
+    int8 = {"n": 400, "caption_f1": 0.945, "refer_iou50": 0.95, "vqa": {"color": 0.8, "mean": 0.88}}
+    monkeypatch.setattr(readme, "result", lambda name: int8 if "int8" in name else whole)
+    assert readme.largest_drop() == 0.1
+    int8["vqa"]["color"] = whole["vqa"]["mean"] = 0.9
+    int8["vqa"]["mean"] = 0.9
+    assert readme.largest_drop() == 0.005
+
+
 @pytest.mark.parametrize("script, arguments", COMMANDS + IN_SENTENCES + in_table(EXPERIMENTS))
 def test_options_in_commands_exist(script: str, arguments: str):
     source = (ROOT / script).read_text("utf-8")

@@ -77,7 +77,7 @@ def test_attention_equals_its_naive_twin():
 def test_attention_is_as_exact_as_bf16_can_be(heads, amx, monkeypatch):
     """In bf16 on a CPU, with AMX and by heads; keys with much in common, as EVA's have, would cost
     precision."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 60, 88) for _ in range(3))
     k += 10 * torch.randn(88)
