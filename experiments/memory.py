@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from data import inference_prompt, load_image
 from experiments import training_memory
 from experiments.command_line import report
+from experiments.speed import cpu_name
 from generate import generate
 from model import TinyGPTV
 
@@ -81,7 +82,7 @@ def measured(config: Config) -> dict:
         raise ValueError("say weights=DIR and int8=DIR, which is what quantize.py has made of it")
     runs = {"bf16": (config.weights, True), "int8": (config.int8, True),
             "int8 as it lies": (config.int8, False)}  # fmt: skip
-    result = {}
+    result = {"cpu": cpu_name()}
     for name, (weights, pack) in runs.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             result[name] = pool.apply(measure, [weights, pack])

@@ -5,9 +5,12 @@ block is Phi-2's own, without TinyGPT-V's norms: a little less work than ours.
 """
 
 import importlib.util
+import multiprocessing
+import statistics
 import struct
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +103,25 @@ def write_gguf(path: Path, config: PhiConfig) -> None:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
 
 
+def serve(path: Path, threads: int, connection: Connection) -> None:
+    """Loads the file, and answers each (prompt, new_tokens) with seconds: of the prompt, and of a
+    token after it; until None comes."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(path), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+    for prompt, new_tokens in iter(connection.recv, None):
+        llama.reset()
+        ticks = [time.perf_counter()]
+        for tokens in [list(range(1, prompt + 1))] + [[5]] * new_tokens:
+            llama.eval(tokens)
+            ticks.append(time.perf_counter())
+        steps = [after - before for before, after in zip(ticks[1:], ticks[2:])]
+        connection.send({"prefill": ticks[1] - ticks[0], "token": statistics.median(steps)})
+
+
 class LlamaCpp:
-    """The peer, loaded from a file of `write_gguf`."""
+    """The peer, with a file of `write_gguf`, in a process of its own: AMX has a setting for each
+    thread, and there torch and llama.cpp would change each other's."""
 
     @staticmethod
     def is_installed() -> bool:
@@ -109,18 +129,20 @@ class LlamaCpp:
         return importlib.util.find_spec("llama_cpp") is not None
 
     def __init__(self, path: Path, threads: int):
-        from llama_cpp import Llama
-
-        self.llama = Llama(
-            str(path), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=serve, args=(path, threads, theirs), daemon=True).start()
+        theirs.close()
 
     def generation(self, prompt: int, new_tokens: int) -> dict[str, float]:
-        """Seconds of a prompt of so many tokens, and of each token after it."""
-        self.llama.reset()
-        ticks = [time.perf_counter()]
-        for tokens in [list(range(1, prompt + 1))] + [[5]] * new_tokens:
-            self.llama.eval(tokens)
-            ticks.append(time.perf_counter())
-        steps = sorted(after - before for before, after in zip(ticks[1:], ticks[2:]))
-        return {"prefill": ticks[1] - ticks[0], "token": steps[len(steps) // 2]}
+        """Seconds of a prompt of so many tokens, and of each token after it. Raises ValueError if
+        llama.cpp has failed."""
+        try:
+            self.connection.send((prompt, new_tokens))
+            return self.connection.recv()
+        except (EOFError, OSError):
+            raise ValueError("llama.cpp has failed; leave peer= out, or build it anew") from None
+
+    def close(self) -> None:
+        """Ends its process."""
+        self.connection.send(None)

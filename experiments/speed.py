@@ -214,6 +214,8 @@ def measure(config: Config) -> dict:
                 lambda: peer.generation(PROMPT, NEW_TOKENS), num_bytes * 34 // 32, probe
             )
         variants = take_turns(turns, config.rounds, probe)
+        if config.peer:
+            peer.close()
     return {"gb_a_token": num_bytes / 1e9, "activation_error": activation_error(int8, packed),
             "variants": variants, "ratios": ratios(variants)}  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Messages that no other test reaches: one line, exit code 2, and what to do."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import quantize
 import train
 from data import Tokenizer
 from experiments import agreement, evaluate, memory, official_sized, readme, run_log, speed
+from experiments.peers import LlamaCpp
 from experiments.command_line import report
 from miniature import pretrain, pretrain_language, world
 from model import ModelConfig, TinyGPTV
@@ -76,6 +78,25 @@ def test_processes_of_an_experiment_that_fail(tmp_path, capfd):
     assert "no checkpoint in it" in capfd.readouterr().err
     with pytest.raises(ValueError, match="did not write 2 tokens: error: .*no stage 4"):
         official_sized.run(tmp_path, 4, "bf16", 2)
+
+
+def test_llama_cpp_runs_in_a_process_of_its_own_and_its_end_is_told(tmp_path, monkeypatch):
+    (tmp_path / "llama_cpp.py").write_text(
+        "class Llama:\n"
+        "    def __init__(self, path, n_ctx, n_threads, n_threads_batch, verbose): pass\n"
+        "    def reset(self): pass\n"
+        "    def eval(self, tokens): assert len(tokens) != 13\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    peer = LlamaCpp(tmp_path / "phi2.gguf", 1)
+    assert peer.generation(8, 2).keys() == {"prefill", "token"}
+    peer.close()
+    assert "llama_cpp" not in sys.modules
+    peer = LlamaCpp(tmp_path / "phi2.gguf", 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="llama.cpp has failed"):
+            peer.generation(13, 1)
+
 
 
 def test_sizes_by_a_name_that_is_none():
