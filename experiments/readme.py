@@ -155,9 +155,9 @@ def other_cpu() -> str:
     ours, ratios = speed["variants"]["int8"], speed["ratios"]
     pictures = " and ".join(f"{ratios[f'picture_{size}, {plain}']:.2f}" for size in (224, 448))
     token, prompt = (ratios[f"{key}, llama.cpp Q8_0"] for key in ("token", "prefill"))
-    return (f"On another CPU, {speed['cpu']} (`results/speed_vnni.json`), a token took "
-            f"{ours['token']:.3f} s, {ours['share']:.0%} of the bandwidth, llama.cpp {token:.2f} "
-            f"times as long, its prompt {prompt:.2f} times; pictures of 224 and 448 px were "
+    return (f"On another CPU, {speed['cpu']} (`experiments/results/speed_vnni.json`), a "
+            f"token took {ours['token']:.3f} s, {ours['share']:.0%} of the bandwidth, and with "
+            f"llama.cpp {token:.2f} times as long, its prompt {prompt:.2f} times; pictures of 224 and 448 px were "
             f"{pictures} times as fast as in bf16 with fused attention.")  # fmt: skip
 
 
