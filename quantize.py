@@ -220,8 +220,11 @@ def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
     neighbours in fp32 differ by one, so that the sum is rounded, and its lowest bytes are the whole
     number that it was rounded to.
     """
-    numbers = torch.addcdiv(OFFSETS[num_bytes], rows, step).view(torch.uint8)  # (n, 4 * in)
-    return numbers.unflatten(1, (-1, 4))[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
+    numbers = (rows / step).add_(OFFSETS[num_bytes])
+    if num_bytes == 1:
+        return numbers.view(torch.int32).to(torch.uint8)  # the lowest byte
+    numbers = numbers.view(torch.uint8).unflatten(1, (-1, 4))  # (n, in, 4)
+    return numbers[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
 
 
 def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
