@@ -176,7 +176,7 @@ class PackedLinear(nn.Module):
         magnitudes = rows.abs()
         largest = magnitudes.amax(dim=1, keepdim=True)  # (n, 1)
         num_bytes = self.num_bytes
-        if num_bytes == 1 and is_coarse(magnitudes, largest / 127):
+        if num_bytes == 1 and is_coarse(magnitudes, largest / LARGEST[1]):
             num_bytes = 2
         step = torch.add(LEAST_STEP, largest, alpha=1 / LARGEST[num_bytes])
         y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
