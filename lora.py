@@ -71,14 +71,16 @@ class LoRALinear(nn.Linear):
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + scaling * B A in fp32: weight (out, in), lora_A (r, in), lora_B (out, r)."""
-    return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling)
+    merged = weight.to(torch.float32, copy=True)
+    return merged.addmm_(lora_B.float(), lora_A.float(), alpha=scaling)
 
 
 def merge_tensors(
     tensors: Iterable[tuple[str, Tensor]], config: LoRAConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a model with LoRA as those of the same model merged, each as it comes. A and
-    B have to come before the weight that they change. Raises ValueError if they do not."""
+    """Named tensors of a model with LoRA as those of the same model merged, each as it comes; what
+    was merged in parts of 512 rows. A and B have to come before the weight that they change.
+    Raises ValueError if they do not."""
     lora: dict[str, Tensor] = {}
     for name, tensor in tensors:
         layer = name.removesuffix(".weight")
@@ -86,7 +88,9 @@ def merge_tensors(
         if ".lora_" in name:
             lora[name] = tensor
         elif all(part in lora for part in pair):
-            yield name, merge(tensor, *map(lora.pop, pair), config.alpha / config.r)
+            lora_A, lora_B = map(lora.pop, pair)
+            for rows, B in zip(tensor.split(512), lora_B.split(512), strict=True):
+                yield name, merge(rows, lora_A, B, config.alpha / config.r)
         else:
             yield name, tensor
     if lora:

@@ -51,7 +51,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     The largest weight of a row becomes 127 or -127 and all are rounded to whole numbers, so that no
     weight is off by more than scale / 2. A row of zeros stays one.
     """
-    quantized = torch.empty_like(weight, dtype=torch.int8)
+    quantized = weight.new_empty(weight.shape, dtype=torch.int8)
     scales = weight.new_empty(len(weight), dtype=torch.float32)
     if weight.is_meta:  # of a model that has shapes but no memory yet
         return quantized, scales
@@ -372,13 +372,13 @@ def quantize_tensors(
     tensors: Iterable[tuple[str, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:
     """Named tensors of a model as those of its quantized form: each matrix that QUANTIZED lists as
-    int8 weight and scale, 8192 rows at a time; all others unchanged."""
+    int8 weight and scale, 512 rows at a time; all others unchanged."""
     for name, tensor in tensors:
         layer = name.removesuffix(".weight")
         if layer == name or not QUANTIZED.fullmatch(layer):
             yield name, tensor
             continue
-        for rows in tensor.split(8192):
+        for rows in tensor.split(512):
             weight, scale = quantize_rows(rows)
             yield name, weight
             yield f"{layer}.scale", scale

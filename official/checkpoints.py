@@ -62,12 +62,15 @@ def read_tensors(
     """The tensors of one safetensors file, checked, their names after `prefix`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; {RENEW}")
-    names = {prefix + name: tensor for name, tensor in read_safetensors(path, RENEW).items()}
+    found, tensors = read_safetensors(path, RENEW), {}
     try:
-        return {name: check_tensor(name, tensor, expected.get(name), copy, RENEW)
-                for name, tensor in names.items()}  # fmt: skip
+        for name, tensor in found.items():
+            name = prefix + name
+            like = check_shape(name, tensor, expected.get(name), RENEW)
+            tensors[name] = check_numbers(name, tensor, like.dtype, copy, RENEW)
     except ValueError as error:
         raise ValueError(f"{path}: {printable(error)}") from None
+    return tensors
 
 
 def read_safetensors(path: Path, advice: str) -> dict[str, Tensor]:
@@ -121,12 +124,10 @@ def first_words(error: Exception) -> str:
     return printable(words[0].split(". ")[0][:120])
 
 
-def check_tensor(
-    name: str, tensor: Tensor, expected: Tensor | None, copy: bool, advice: str
-) -> Tensor:
-    """What a file holds in the dtype of the tensor (on the meta device) whose place it takes; a
-    copy, or where possible the mapped file itself. Raises ValueError, with advice what to do, if
-    there is none, the shape differs, a number is not finite, or int8 is no int8."""
+def check_shape(name: str, tensor: Tensor, expected: Tensor | None, advice: str) -> Tensor:
+    """Returns `expected`, the tensor (on the meta device) whose place one of a file takes. Raises
+    ValueError, with advice what to do, if there is none, the shape differs, or the kind of
+    numbers."""
     if expected is None:
         raise ValueError(f"unexpected tensor {name}; {advice}")
     if tensor.shape != expected.shape:
@@ -136,11 +137,18 @@ def check_tensor(
         raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers; {advice}")
     if not expected.is_floating_point() and tensor.dtype != expected.dtype:
         raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}; {advice}")
-    converted = in_dtype(tensor, expected.dtype, copy)
+    return expected
+
+
+def check_numbers(
+    name: str, tensor: Tensor, dtype: torch.dtype, copy: bool, advice: str
+) -> Tensor:
+    """A tensor in a dtype; a copy, or where possible the mapped file itself. Raises ValueError,
+    with advice what to do, if a number is not finite."""
+    converted = in_dtype(tensor, dtype, copy)
     if not all_finite(converted):
         if all_finite(tensor.double()):  # some types of 8 bits have no extremes
-            too_large = f"numbers too large for {expected.dtype}"
-            raise ValueError(f"{name} holds {too_large}; use bf16 or fp32")
+            raise ValueError(f"{name} holds numbers too large for {dtype}; use bf16 or fp32")
         raise ValueError(f"{name} holds NaN or infinity; {advice}")
     return converted
 

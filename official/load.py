@@ -27,7 +27,8 @@ from lora import LORA_PRESETS
 from model import ModelConfig, TinyGPTV, half_dtype, is_trainable, set_dtype
 from official.checkpoints import (
     Tensors,
-    check_tensor,
+    check_numbers,
+    check_shape,
     files_below,
     first_words,
     new_projector,
@@ -63,6 +64,7 @@ PARTS_OF = {"visual_encoder": (EVA, CLIP), "qformer": (QFORMER,), "phi": (PHI,)}
 ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 AGAIN = "fetch it again: python official/fetch.py"
 # TinyGPT-V's norms, which Phi-2's files lack: checkpoints bring the weights, biases stay zero.
+ROWS = 8192  # of a tensor at a time; none that LoRA changes has more
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
 
 
@@ -213,35 +215,25 @@ class Filling:
         self.expected = model.state_dict()
         self.source: dict[str, Path] = {}  # where each tensor came from
         self.files: list[WeightFile] = []  # the files taken so far
+        self.num_read = 0  # bytes since pages were last given back
 
     def take(self, files: list[WeightFile]) -> Tensors:
-        """All that the files of one part hold, but for what an earlier part brought."""
+        """All that the files of one part hold, but for what an earlier part brought. Without
+        `copy`, a tensor of many rows comes in parts."""
         self.files += files
         file_of = files_by_name(files)
         placed: dict[str, Path] = {}  # by this part
-        num_read = 0
         for names in taken_together(file_of, files[0].part):
             tensors = {name: file_of[name].tensors[name] for name in names}
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            if num_read + size > 2**26:  # every 64 MB
-                num_read = 0
-                for file in self.files:  # the checkpoint, too: its LoRA is read layer by layer
-                    release(file.path)
-            num_read += size
-            ours, ignored = self.place(file_of[names[0]], tensors, placed)
-            yield from ours.items()
-            for name in names:
-                if name in ignored:
-                    file_of[name].ignored[ignored[name]] += 1
+            yield from self.place(file_of[names[0]], tensors, placed)
         for file in files:
             file.tensors = {}  # closes the file
 
     def place(
         self, file: WeightFile, tensors: dict[str, Tensor], placed: dict[str, Path]
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Some tensors of a file, translated and checked, and those that are ignored, with the
-        reason."""
-        checked = {}
+    ) -> Tensors:
+        """Some tensors of a file, translated and checked."""
+        self.make_room(sum(tensor.nbytes for tensor in tensors.values()))
         try:
             ours, ignored = self.translate(file.part, tensors)
             for name, tensor in ours.items():
@@ -250,10 +242,12 @@ class Filling:
                     raise held_twice(label, placed[name], file.path)
                 placed[name] = file.path
                 if name not in self.source:
-                    like = self.expected.get(name)
-                    tensor = check_tensor(label, tensor, like, self.copy, AGAIN)
-                    checked[name] = tensor.to(self.device)
                     self.source[name] = file.path
+                    like = check_shape(label, tensor, self.expected.get(name), AGAIN)
+                    for part in [tensor] if self.copy else tensor.split(ROWS):
+                        self.make_room(part.nbytes)
+                        part = check_numbers(label, part, like.dtype, self.copy, AGAIN)
+                        yield name, part.to(self.device)
         except ValueError as error:
             raise ValueError(f"{file.path}: {printable(error)}") from None
         except RuntimeError as error:  # about types that torch can't join or convert
@@ -262,7 +256,16 @@ class Filling:
             told = f"{printable(next(iter(tensors)))} can't be used ({first_words(error)})"
             raise ValueError(f"{file.path}: {told}; {AGAIN}") from None
         file.places += [list(ours)] * (len(tensors) - len(ignored))
-        return checked, ignored
+        file.ignored.update(ignored.values())
+
+    def make_room(self, num_bytes: int) -> None:
+        """Before so many bytes of a file are read: gives back, every 64 MB, what was read of all
+        files. (Of the checkpoint, too: its LoRA is read layer by layer.)"""
+        self.num_read += num_bytes
+        if self.num_read > 2**26:
+            self.num_read = num_bytes
+            for file in self.files:
+                release(file.path)
 
     def translate(self, part: str, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, str]]:
         """Tensors by our names, and for those without a use the reasons."""

@@ -562,7 +562,7 @@ def test_the_projection_of_a_larger_minigpt_4_is_refused(width, tmp_path):
 
 
 @pytest.mark.parametrize("where, error", [
-    ((load, "check_tensor"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    ((load, "check_numbers"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
     ((torch, "load"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")),
     ((checkpoints, "load_file"), MemoryError()),
 ])  # fmt: skip
@@ -637,6 +637,30 @@ def test_damaged_json_is_named(folder, file, text, reason):
     (folder / PHI / file).write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_official(folder)
+
+
+def test_a_tensor_of_many_rows_comes_in_parts(case, folder, monkeypatch):
+    """Not where it is copied: who takes it then wants it as a whole."""
+    monkeypatch.setattr(load, "ROWS", 10)
+    config, parts = full_config(case, 4), {}
+    _, whole = open_official(folder, 4, "cpu", torch.float32, config=config)
+    _, tensors = open_official(folder, 4, "cpu", torch.float32, copy=False, config=config)
+    for name, tensor in tensors:
+        parts.setdefault(name, []).append(tensor)
+    assert max(len(part) for some in parts.values() for part in some) == 10
+    right = list(whole)
+    assert len(right) == len(parts) and len(parts["phi.embed_tokens.weight"]) > 1
+    for name, tensor in right:
+        assert torch.equal(torch.cat(parts[name]), tensor), name
+
+
+def test_a_last_part_that_is_not_finite_is_found(case, folder, monkeypatch):
+    monkeypatch.setattr(load, "ROWS", 10)
+    change(folder / PHI / SHARD, spoil("model.embed_tokens.weight", float("nan")))
+    config = full_config(case, 4)
+    _, tensors = open_official(folder, 4, "cpu", torch.float32, copy=False, config=config)
+    with pytest.raises(ValueError, match="embed_tokens.weight holds NaN or infinity"):
+        list(tensors)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")

@@ -394,6 +394,15 @@ def test_weights_are_used_where_they_lie_in_the_file(int8_directory):
         assert any(int(a, 16) <= address < int(b, 16) for a, b in places)
 
 
+def test_to_load_imports_no_compiler(int8_directory):
+    """Some operations on the meta device would, and a start would take twice as long."""
+    code = ("import sys; from model import TinyGPTV; [TinyGPTV.from_pretrained(directory) for "
+            "directory in sys.argv[1:]]; print({'torch._dynamo', 'sympy'} & set(sys.modules))")
+    command = [sys.executable, "-c", code, str(WEIGHTS), str(int8_directory)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "set()\n", run.stderr
+
+
 @needs_unit
 def test_packed_or_not_the_answers_are_those_of_the_whole_weights(int8_directory):
     image = load_image(PICTURE)
