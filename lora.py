@@ -78,9 +78,9 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Ten
 def merge_tensors(
     tensors: Iterable[tuple[str, Tensor]], config: LoRAConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a model with LoRA as those of the same model merged, each as it comes; what
-    was merged in parts of 512 rows. A and B have to come before the weight that they change.
-    Raises ValueError if they do not."""
+    """Named tensors of a model with LoRA as those of the same model merged, each as it comes. A and
+    B have to come before the weight that they change, and that as a whole. Raises ValueError if
+    they come too late."""
     lora: dict[str, Tensor] = {}
     for name, tensor in tensors:
         layer = name.removesuffix(".weight")
@@ -88,9 +88,7 @@ def merge_tensors(
         if ".lora_" in name:
             lora[name] = tensor
         elif all(part in lora for part in pair):
-            lora_A, lora_B = map(lora.pop, pair)
-            for rows, B in zip(tensor.split(512), lora_B.split(512), strict=True):
-                yield name, merge(rows, lora_A, B, config.alpha / config.r)
+            yield name, merge(tensor, *map(lora.pop, pair), config.alpha / config.r)
         else:
             yield name, tensor
     if lora:

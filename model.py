@@ -239,8 +239,9 @@ class Phi(nn.Module):
     def __init__(self, config: PhiConfig):
         super().__init__()
         self.config = config
-        # nn.Embedding(...) would begin at random, which on the meta device imports torch's compiler.
         embeddings = torch.empty(config.vocab_size, config.hidden_size)
+        if not embeddings.is_meta:  # else this, as in nn.Embedding(...), imports torch's compiler
+            nn.init.normal_(embeddings)
         self.embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

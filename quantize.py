@@ -51,6 +51,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     The largest weight of a row becomes 127 or -127 and all are rounded to whole numbers, so that no
     weight is off by more than scale / 2. A row of zeros stays one.
     """
+    # torch.empty_like on the meta device, for a model without memory, imports torch's compiler.
     quantized = weight.new_empty(weight.shape, dtype=torch.int8)
     scales = weight.new_empty(len(weight), dtype=torch.float32)
     if weight.is_meta:  # of a model that has shapes but no memory yet

@@ -42,7 +42,7 @@ from model import (
     set_dtype,
 )
 from official.fetch import not_weights
-from quantize import quantize_tensors
+from quantize import joined, quantize_tensors
 
 Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, one after the other
 
@@ -62,15 +62,15 @@ def read_tensors(
     """The tensors of one safetensors file, checked, their names after `prefix`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; {RENEW}")
-    found, tensors = read_safetensors(path, RENEW), {}
+    names = {prefix + name: tensor for name, tensor in read_safetensors(path, RENEW).items()}
+    checked = {}
     try:
-        for name, tensor in found.items():
-            name = prefix + name
-            like = check_shape(name, tensor, expected.get(name), RENEW)
-            tensors[name] = check_numbers(name, tensor, like.dtype, copy, RENEW)
+        for name, tensor in names.items():
+            dtype = check_place(name, tensor, expected.get(name), RENEW)
+            checked[name] = check_numbers(name, tensor, dtype, copy, RENEW)
     except ValueError as error:
         raise ValueError(f"{path}: {printable(error)}") from None
-    return tensors
+    return checked
 
 
 def read_safetensors(path: Path, advice: str) -> dict[str, Tensor]:
@@ -124,10 +124,12 @@ def first_words(error: Exception) -> str:
     return printable(words[0].split(". ")[0][:120])
 
 
-def check_shape(name: str, tensor: Tensor, expected: Tensor | None, advice: str) -> Tensor:
-    """Returns `expected`, the tensor (on the meta device) whose place one of a file takes. Raises
-    ValueError, with advice what to do, if there is none, the shape differs, or the kind of
-    numbers."""
+def check_place(
+    name: str, tensor: Tensor, expected: Tensor | None, advice: str
+) -> torch.dtype:
+    """The dtype that a file's tensor has in the model, where `expected`, on the meta device, holds
+    its place. Raises ValueError, with advice what to do, if nothing does, or if it has another
+    shape or another kind of numbers."""
     if expected is None:
         raise ValueError(f"unexpected tensor {name}; {advice}")
     if tensor.shape != expected.shape:
@@ -137,7 +139,7 @@ def check_shape(name: str, tensor: Tensor, expected: Tensor | None, advice: str)
         raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers; {advice}")
     if not expected.is_floating_point() and tensor.dtype != expected.dtype:
         raise ValueError(f"{name} holds {tensor.dtype}, the model needs {expected.dtype}; {advice}")
-    return expected
+    return expected.dtype
 
 
 def check_numbers(
@@ -352,7 +354,7 @@ def open_pretrained(
 ) -> tuple[TinyGPTV, Tensors]:
     """The model with shapes but no memory, and its tensors as they are read: the checkpoint's
     first, of official files one after the other. copy: False if tensors may stay in the mapped
-    file, where nobody may write to them."""
+    file, where nobody may write to them; official ones of many rows then come in parts."""
     if is_official(directory):
         from official.load import open_official  # it is built on this file
 
@@ -392,11 +394,15 @@ def open_quantized(directory: Path, stage: int | None) -> tuple[TinyGPTV, Tensor
 
 
 def collected(tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors in the dtypes of `expected`, those that came in parts as wholes."""
+    """All tensors in the dtypes of `expected`, those that come in parts joined as soon as they are
+    whole."""
     parts: dict[str, list[Tensor]] = {}
+    whole = {}
     for name, tensor in tensors:
         parts.setdefault(name, []).append(tensor.to(expected[name].dtype))
-    return {name: torch.cat(some) if len(some) > 1 else some[0] for name, some in parts.items()}
+        if sum(map(len, parts[name])) == len(expected[name]):
+            whole[name] = joined(parts.pop(name), order=None)
+    return whole
 
 
 # ---- writing ----

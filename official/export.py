@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.command_line import Parser, exit_code
 from model import TinyGPTV, is_trainable
-from official.checkpoints import open_pretrained, replace_file
+from official.checkpoints import collected, open_pretrained, replace_file
 from official.weights import to_official
 
 BERT_POSITIONS = 512  # the official checkpoints carry this buffer of the Q-Former's unused half
@@ -28,8 +28,9 @@ def read_checkpoint(folder: Path) -> tuple[TinyGPTV, dict[str, Tensor]]:
     model, tensors = open_pretrained(folder, None, "cpu", torch.float32, copy=False)
     if model.config.int8:
         raise ValueError(f"{folder} is quantized; export what it was made from")
-    found = {name: tensor for name, tensor in tensors
-             if is_trainable(name) or name.startswith("qformer.")}  # fmt: skip
+    wanted = ((name, tensor) for name, tensor in tensors
+              if is_trainable(name) or name.startswith("qformer."))  # fmt: skip
+    found = collected(wanted, model.state_dict())
     kept = {name for name in found if is_trainable(name)} | model.carried
     return model, {name: found[name] for name in found if name in kept}
 

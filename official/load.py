@@ -28,7 +28,7 @@ from model import ModelConfig, TinyGPTV, half_dtype, is_trainable, set_dtype
 from official.checkpoints import (
     Tensors,
     check_numbers,
-    check_shape,
+    check_place,
     files_below,
     first_words,
     new_projector,
@@ -63,8 +63,8 @@ SIGNS = {
 PARTS_OF = {"visual_encoder": (EVA, CLIP), "qformer": (QFORMER,), "phi": (PHI,)}
 ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 AGAIN = "fetch it again: python official/fetch.py"
+ROWS = 8192  # of a tensor that is not copied, at a time; none that LoRA changes has more
 # TinyGPT-V's norms, which Phi-2's files lack: checkpoints bring the weights, biases stay zero.
-ROWS = 8192  # of a tensor at a time; none that LoRA changes has more
 NEW_NORM = r"phi\.layers\.\d+\.(self_attn\.[qk]_layernorm|post_layernorm)\.(weight|bias)"
 
 
@@ -232,8 +232,7 @@ class Filling:
     def place(
         self, file: WeightFile, tensors: dict[str, Tensor], placed: dict[str, Path]
     ) -> Tensors:
-        """Some tensors of a file, translated and checked."""
-        self.make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        """Some tensors of a file, translated and checked; notes in `file` what became of them."""
         try:
             ours, ignored = self.translate(file.part, tensors)
             for name, tensor in ours.items():
@@ -243,10 +242,10 @@ class Filling:
                 placed[name] = file.path
                 if name not in self.source:
                     self.source[name] = file.path
-                    like = check_shape(label, tensor, self.expected.get(name), AGAIN)
+                    dtype = check_place(label, tensor, self.expected.get(name), AGAIN)
                     for part in [tensor] if self.copy else tensor.split(ROWS):
                         self.make_room(part.nbytes)
-                        part = check_numbers(label, part, like.dtype, self.copy, AGAIN)
+                        part = check_numbers(label, part, dtype, self.copy, AGAIN)
                         yield name, part.to(self.device)
         except ValueError as error:
             raise ValueError(f"{file.path}: {printable(error)}") from None
@@ -259,8 +258,8 @@ class Filling:
         file.ignored.update(ignored.values())
 
     def make_room(self, num_bytes: int) -> None:
-        """Before so many bytes of a file are read: gives back, every 64 MB, what was read of all
-        files. (Of the checkpoint, too: its LoRA is read layer by layer.)"""
+        """For so many bytes more: every 64 MB gives back what was read of all files. (Of the
+        checkpoint, too: its LoRA is read layer by layer.)"""
         self.num_read += num_bytes
         if self.num_read > 2**26:
             self.num_read = num_bytes

@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import struct
+import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
+import quantize
 import train
 from golden_case import Case, full_config, full_weights, qformer_config
 from model import ModelConfig, TinyGPTV, is_trainable
@@ -562,7 +565,7 @@ def test_the_projection_of_a_larger_minigpt_4_is_refused(width, tmp_path):
 
 
 @pytest.mark.parametrize("where, error", [
-    ((load, "check_numbers"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    ((load, "check_numbers"), torch.OutOfMemoryError("CUDA out of memory. Tried to get 2 GiB")),
     ((torch, "load"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")),
     ((checkpoints, "load_file"), MemoryError()),
 ])  # fmt: skip
@@ -652,6 +655,42 @@ def test_a_tensor_of_many_rows_comes_in_parts(case, folder, monkeypatch):
     assert len(right) == len(parts) and len(parts["phi.embed_tokens.weight"]) > 1
     for name, tensor in right:
         assert torch.equal(torch.cat(parts[name]), tensor), name
+
+
+@pytest.mark.parametrize("read", [
+    lambda folder: TinyGPTV.from_pretrained(folder, int8=True, pack=False).state_dict(),
+    lambda folder: quantized_file(folder),
+], ids=["in memory", "to a file"])  # fmt: skip
+def test_parts_are_quantized_as_wholes_are(case, folder, monkeypatch, read):
+    monkeypatch.setattr(load, "full_config", lambda *_: full_config(case, 4))
+    whole = read(folder)
+    rows = whole["phi.layers.0.self_attn.qkv.weight"].shape[0]  # LoRA wants it as a whole
+    assert whole["phi.embed_tokens.weight"].shape[0] > rows
+    monkeypatch.setattr(load, "ROWS", rows)
+    found = read(folder)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
+
+
+def quantized_file(folder):
+    with tempfile.TemporaryDirectory() as other:
+        quantize.quantize_directory(folder, Path(other) / "int8", None)
+        return load_file(Path(other) / "int8" / "model.safetensors")
+
+
+def test_parts_do_not_outlive_their_whole():
+    parts, seen = [torch.ones(n, 3) for n in (2, 2, 1, 4)], []
+
+    def one_by_one():
+        alive = [weakref.ref(part) for part in parts]
+        for name in "aaab":
+            seen.append(sum(part() is not None for part in alive))
+            yield name, parts.pop(0)
+
+    expected = {name: torch.empty(n, 3, device="meta") for name, n in (("a", 5), ("b", 4))}
+    whole = checkpoints.collected(one_by_one(), expected)
+    assert {name: tensor.shape for name, tensor in whole.items()} == {"a": (5, 3), "b": (4, 3)}
+    assert seen == [4, 4, 4, 2]  # the last part of "a" is still at hand
 
 
 def test_a_last_part_that_is_not_finite_is_found(case, folder, monkeypatch):
