@@ -304,7 +304,7 @@ class Int8Block(nn.Module):
 
 
 class Int8VisionBlock(nn.Module):
-    """vision.Block a few hundred tokens at a time, so that what lies between two products stays in
+    """vision.Block by some 128 tokens at a time, so that what lies between two products stays in
     the cache; only attention needs all of them at once."""
 
     def __init__(self, block: nn.Module):
@@ -315,7 +315,7 @@ class Int8VisionBlock(nn.Module):
         """(B, N, hidden_size) -> the same."""
         attn, norm1 = self.block.attn, self.block.norm1
         rows = x.flatten(0, 1)  # (B * N, hidden_size)
-        parts = max(1, len(rows) // 256)
+        parts = max(1, len(rows) // 128)
         qkv = torch.cat([attn.project(norm1(part)) for part in rows.chunk(parts)])
         mixed = attn.mix(qkv.unflatten(0, x.shape[:2])).flatten(0, 1)
         done = map(self.finish, rows.chunk(parts), mixed.chunk(parts))
