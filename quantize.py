@@ -1,16 +1,19 @@
-"""int8: the large matrices at one byte a weight, half of what bf16 takes in memory and in time.
+"""int8: the large matrices at one byte a weight, half of what bf16 takes.
 
 To say one token, the language model reads all of its 2.6 billion weights and does two operations
-with each. A processor calculates far faster than its memory delivers, so a token takes as long as
-reading the weights does: what is half as large is twice as fast.
+with each. A processor calculates far faster than its memory delivers, so a token takes at least as
+long as reading the weights does: what is half as large can be twice as fast. Prompts and pictures
+multiply each weight with many rows at once. There arithmetic is the limit, and int8 gains less.
 
 Read it from the leaves to the root:
 
-    quantize_rows, dequantize    the idea: whole numbers from -127 to 127, and one scale a row
-    Int8Linear                   a linear layer that keeps such weights
-    PackedLinear                 the same product in whole numbers, on a CPU's int8 unit
-                                 (VNNI, for vectors, or AMX, for matrices)
+    quantize_rows, dequantize    the idea: integers from -127 to 127, and one scale a row (symmetric
+                                 absmax quantization per output channel)
+    Int8Linear                   a linear layer that keeps such weights (weight-only quantization)
+    as_bytes, PackedLinear       x as integers, too, one scale a token, for a CPU's int8
+                                 instructions: VNNI, for vectors, or AMX, for matrices
     Int8Block, Int8VisionBlock   a layer of Phi, and of the ViT, around such products
+    pack_phi, pack_vision        a quantized model made ready for them
     quantize_tensors, main       a model from file to file, tensor by tensor:
 
     python quantize.py --weights DIR --out DIR
@@ -31,9 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora import LoRALinear
+
 # What is quantized: nearly all there is, the matrices of Phi and of the ViT's blocks. The rest is
-# small or is looked up and not multiplied, and stays in 16 bits (embeddings, the patch projection,
-# the Q-Former's matrices) or fp32 (norms, biases, positions, the projection).
+# small or is looked up and not multiplied, and stays in 16 bits (embeddings, the Q-Former's linear
+# layers, the patch projection) or fp32 (norms, positions, the projection, the biases of what is
+# quantized).
 QUANTIZED = re.compile(
     r"phi\.layers\.\d+\.self_attn\.(qkv|dense)"
     r"|phi\.layers\.\d+\.mlp\.fc[12]"
@@ -48,16 +54,18 @@ TINY = torch.finfo(torch.float32).tiny  # the least scale, so that nothing is 0 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (out, in) -> int8 (out, in) and fp32 scale (out,): weight is nearly int8 * scale.
 
-    The largest weight of a row becomes 127 or -127 and all are rounded to whole numbers, so that no
-    weight is off by more than scale / 2. A row of zeros stays one.
+    The largest weight of a row becomes 127 or -127 and all are rounded to integers. The scale is
+    the step between two neighbours, so that no weight is off by more than scale / 2. A row of zeros
+    stays one.
     """
-    # torch.empty_like on the meta device, for a model without memory, imports torch's compiler.
+    # Not torch.empty_like, which imports torch's compiler for a model on the meta device.
     quantized = weight.new_empty(weight.shape, dtype=torch.int8)
     scales = weight.new_empty(len(weight), dtype=torch.float32)
     if weight.is_meta:  # of a model that has shapes but no memory yet
         return quantized, scales
     # Part by part: what is worked on stays in the processor's cache.
-    for rows, numbers, scale in zip(*(whole.split(128) for whole in (weight, quantized, scales))):
+    parts = zip(weight.split(128), quantized.split(128), scales.split(128))
+    for rows, numbers, scale in parts:
         rows = rows.float()
         scale.copy_(rows.abs().amax(dim=1) / 127).clamp_(min=TINY)
         numbers.copy_((rows / scale[:, None]).round_())
@@ -67,6 +75,21 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     """int8 (out, in) and scale (out,) -> fp32 (out, in)."""
     return weight * scale[:, None]
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x Wᵀ in bf16 for training around a frozen W. The backward pass needs W alone, so neither x
+    nor a bf16 copy of W is kept. x (..., in), weight (out, in), scale (out,) -> (..., out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return (x @ weight.bfloat16().T * scale).bfloat16()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return (grad * scale).bfloat16() @ weight.bfloat16(), None, None
 
 
 class Int8Linear(nn.Module):
@@ -85,12 +108,13 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same in bf16. Whole numbers up to 127 are exact in bf16, so W is multiplied without
-        its scale, and the result is scaled in fp32.
+        """The same with products in bf16; fp32 comes out, or bf16 while a gradient flows to x.
+        Integers up to 127 are exact in bf16, so W is multiplied without its scale, and the result
+        is scaled in fp32.
 
-        On a CPU up to 16 rows go to torch's kernel for int8 weights, which is slow for more; those
-        are multiplied by W turned to bf16, 1024 of its rows at a time: so each copy stays in the
-        cache.
+        On a CPU up to 16 rows of x go to torch's kernel for int8 weights, which is slow for more;
+        those are multiplied by W turned to bf16, 1024 rows of W at a time, so that each copy is
+        small.
         """
         if x.requires_grad and torch.is_grad_enabled():
             y = FrozenProduct.apply(x.bfloat16(), self.weight, self.scale)
@@ -107,55 +131,73 @@ class Int8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ in bf16 for training around a frozen W. The backward pass needs W alone, so neither x
-    nor a bf16 copy of W is kept. x (..., in), weight (out, in), scale (out,) -> (..., out)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return (x @ weight.bfloat16().T * scale).bfloat16()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return (grad * scale).bfloat16() @ weight.bfloat16(), None, None
-
-
 def quantize_model(model: nn.Module) -> None:
     """Replaces, in place, every linear layer that QUANTIZED lists, one after the other. A layer
     with LoRA keeps its detour beside the int8 weights."""
     for name in [name for name, _ in model.named_modules() if QUANTIZED.fullmatch(name)]:
         linear = model.get_submodule(name)
-        if hasattr(linear, "int8"):
+        if isinstance(linear, LoRALinear):
             linear.int8, linear.weight, linear.bias = Int8Linear(linear), None, None
         else:
             model.set_submodule(name, Int8Linear(linear))
 
 
-# ---- products in whole numbers ----
-# A CPU's int8 unit multiplies bytes and adds the products up without any error; so x has to become
-# bytes as well. One byte for a number is coarse: 127 steps up to the largest, and a product that is
-# off by about one percent. Two bytes are finer than bf16. Each number is n steps, and a whole
-# number is n = 256 * high + low (1000 = 256 * 4 - 24), with both between -128 and 127; and so
+# ---- products of integers ----
+# A CPU's int8 instructions multiply bytes and add the products up without any error; so x has to
+# become bytes as well, with a scale for each token (dynamic quantization; the scale of x is called
+# a step here, to tell it from that of W). One byte for a number is coarse: 127 steps up to the
+# largest, and a product that is off by about one percent. Two bytes are finer than bf16, but for
+# numbers a hundred times smaller than the largest. Each number is n steps, and an integer is
+# n = 256 * high + low (1000 = 256 * 4 - 24), with both between -128 and 127; and so
 #
 #     W n = 256 * (W high) + (W low)
 #
 # These are two rows in place of one, but W, on which everything waits, is read once for both: when
 # one token is decoded, the second byte is almost free.
+LARGEST = {1: 127, 2: 127 * 256}  # what a row's largest number becomes; a byte ends at 127
+LEAST_STEP = torch.tensor(TINY)  # so that a row of zeros is not 0 / 0
+OFFSETS = {1: torch.tensor(2.0**23 + 128), 2: torch.tensor(2.0**23 + 128 * 256 + 128)}
+
+
+def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
+    """rows (n, in) of fp32 as integers, in steps (n, 1) -> uint8 (num_bytes * n, in), first the low
+    bytes of all rows, then the high ones.
+
+    128 is added to each byte, which makes it unsigned, and 2^23 to the whole: from there on
+    neighbours in fp32 differ by one, so that the sum is rounded, and the lowest bytes of its 32
+    bits, which come first in memory, are the integer that it was rounded to.
+    """
+    numbers = (rows / step).add_(OFFSETS[num_bytes])
+    if num_bytes == 1:
+        return numbers.view(torch.int32).to(torch.uint8)  # the lowest byte
+    numbers = numbers.view(torch.uint8).unflatten(1, (-1, 4))  # (n, in, 4)
+    return numbers[..., :2].movedim(-1, 0).flatten(0, 1)
+
+
+def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
+    """Whether in some row of magnitudes (n, in) rounding to its step (n, 1) has an RMS error,
+    step / sqrt(12), above 4 % of the mean magnitude. It is about 1 % for normally distributed
+    numbers; outliers raise it."""
+    return bool((step / math.sqrt(12) > 0.04 * magnitudes.mean(dim=1, keepdim=True)).any())
+
+
+def joined(tensors: list[Tensor], order: Tensor | None) -> Tensor:
+    """Tensors as one, its rows in that order; a single one without an order where it lies."""
+    whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0].detach()
+    return whole if order is None else whole[order]
 
 
 class PackedLinear(nn.Module):
-    """One or several linear layers of the same x as one product on the CPU's int8 unit.
+    """One or several linear layers of the same x as one product of integers: x is quantized, too.
 
     x (..., in) -> (..., out) in fp32. num_bytes: 1 or 2 for each number of x; every row of x has a
     step of its own, so that its largest number just fits. order: in which the rows of W are stored,
-    if not as they are. Where one byte would be too coarse, because a few numbers are much larger
-    than the others, it takes two. For CPUs only, and not to be moved or saved.
+    if not as they are. Where one byte would be too coarse for some row, because a few numbers are
+    much larger than the others, all rows take two. For CPUs only, and not to be moved or saved.
 
-    A unit for vectors (VNNI) wants W in another order, into which oneDNN packs it. A unit for
-    matrices (AMX) reads W row by row, so that a single layer stays where it lies; several layers,
-    or rows in another order, are copied once.
+    VNNI wants W in another order, into which oneDNN packs it. With AMX, torch._int_mm takes W as it
+    is, so that a single layer stays where it lies; several layers, or rows in another order, are
+    copied once.
     """
 
     def __init__(self, linears: list[Int8Linear], num_bytes: int, order: Tensor | None = None):
@@ -180,7 +222,7 @@ class PackedLinear(nn.Module):
         if num_bytes == 1 and is_coarse(magnitudes, largest / LARGEST[1]):
             num_bytes = 2
         step = torch.add(LEAST_STEP, largest, alpha=1 / LARGEST[num_bytes])
-        y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * rows, out)
+        y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * n, out)
         if num_bytes == 2:
             y = torch.add(y[: len(rows)], y[len(rows) :], alpha=256)
         y = torch.addcmul(self.bias, y, step)
@@ -202,44 +244,11 @@ class PackedLinear(nn.Module):
         return y * self.scale
 
 
-def joined(tensors: list[Tensor], order: Tensor | None) -> Tensor:
-    """Tensors as one, its rows in that order; a single one without an order where it lies."""
-    whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0].detach()
-    return whole if order is None else whole[order]
-
-
-LARGEST = {1: 127, 2: 127 * 256}  # in steps
-LEAST_STEP = torch.tensor(TINY)  # so that a row of zeros is not 0 / 0
-OFFSETS = {1: torch.tensor(2.0**23 + 128), 2: torch.tensor(2.0**23 + 128 * 256 + 128)}
-
-
-def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
-    """rows (n, in) of fp32 as whole numbers of steps (n, 1) -> uint8 (num_bytes * n, in), first the
-    low bytes of all rows, then the high ones.
-
-    128 is added to each byte, which makes it unsigned, and 2^23 to the whole: from there on
-    neighbours in fp32 differ by one, so that the sum is rounded, and its lowest bytes are the whole
-    number that it was rounded to.
-    """
-    numbers = (rows / step).add_(OFFSETS[num_bytes])
-    if num_bytes == 1:
-        return numbers.view(torch.int32).to(torch.uint8)  # the lowest byte
-    numbers = numbers.view(torch.uint8).unflatten(1, (-1, 4))  # (n, in, 4)
-    return numbers[..., :num_bytes].movedim(-1, 0).flatten(0, 1)
-
-
-def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
-    """Whether in some row of magnitudes (n, in) rounding to its step (n, 1) has an RMS error,
-    step / sqrt(12), above 4 % of the mean magnitude. It is about 1 % for normally distributed
-    numbers; outliers raise it."""
-    return bool((step / math.sqrt(12) > 0.04 * magnitudes.mean(dim=1, keepdim=True)).any())
-
-
 @cache
 def has_int8_unit() -> bool:
-    """Whether this CPU multiplies bytes exactly. One without the instructions for it (VNNI) adds
-    pairs of products up in 16 bits, where the largest do not fit: so the largest are tried, in few
-    rows and in many."""
+    """Whether this is an x86 CPU that multiplies bytes exactly. One without VNNI adds pairs of
+    products up in 16 bits, where the largest do not fit: so the largest are tried, in few rows and
+    in many."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     linear = nn.Linear(128, 64, bias=False, device="meta")
@@ -254,9 +263,9 @@ def has_int8_unit() -> bool:
 
 
 class Int8Block(nn.Module):
-    """model.Block on an int8 unit: the same sum, in three products and few operations between them.
+    """model.Block in integers: the same sum, in three products and few operations between them.
     Few, because the weights that stream through push everything else out of the processor's cache:
-    each small operation takes ten times as long as it would alone.
+    each small operation takes several times as long as it would alone.
 
     Attention and MLP read the same x, so [q | k | v | fc1] are one product. q and k are normalised
     and rotated together, in place. The two channels that turn together lie side by side, as the
@@ -329,12 +338,13 @@ class Int8VisionBlock(nn.Module):
 
 
 def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
-    """Makes the products of a quantized Phi ready for the int8 unit, in place, with two bytes a
+    """Makes the products of a quantized Phi ready for int8 instructions, in place, with two bytes a
     number. release: called after each layer, by one of two threads, to give back the memory of
     its old form, so that no more than two layers are in memory twice."""
     phi.requires_grad_(False)
-    packed = partial(Int8Block, rotary_dim=phi.config.rotary_dim)
-    if not (phi.config.qk_norm and phi.config.attn_norm):  # a study of TinyGPT-V without its norms
+    if phi.config.qk_norm and phi.config.attn_norm:
+        packed = partial(Int8Block, rotary_dim=phi.config.rotary_dim)
+    else:  # Phi-2 without TinyGPT-V's norms, which Int8Block expects
         packed = partial(pack_layers, num_bytes=2)
     pack_each(phi.layers, packed, release)
     phi.lm_head = PackedLinear([phi.lm_head], 2)
@@ -350,7 +360,7 @@ def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
 def pack_each(
     blocks: nn.ModuleList, packed: Callable[[nn.Module], nn.Module], release: Callable[[], None]
 ) -> None:
-    """Replaces each block by packed(block), two at a time: oneDNN packs with one thread only."""
+    """Replaces each block by packed(block), two at a time: packing takes one thread only."""
 
     def pack(number: int) -> None:
         blocks[number] = packed(blocks[number])
@@ -397,12 +407,12 @@ def write_tensors(
     expected: all of them on the meta device, for the table of names, types, shapes and places at
     the beginning of the file. Raises ValueError unless each comes as a whole.
     """
-    table, end = {}, 0
+    table, end = {}, 0  # the widest types come first, so that each tensor is aligned
     for name, like in sorted(expected.items(), key=lambda item: -item[1].element_size()):
         table[name] = {"dtype": SAFETENSORS_NAMES[like.dtype], "shape": list(like.shape),
                        "data_offsets": [end, end := end + like.nbytes]}  # fmt: skip
     text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format wants tensors to begin at a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         first = file.tell()

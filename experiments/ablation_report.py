@@ -106,7 +106,7 @@ def fp16_table(runs: Runs) -> str:
                 cells += [f"{max(one[key] or math.inf for one in seen):,.0f}"]
         rows.append(cells)
     columns = [tried, "gradient rounded to 0", "... with a loss scale",
-               "largest activation", "largest q·k"]  # fmt: skip
+               "largest activation in fp32", "largest q·k in fp32"]  # fmt: skip
     head = ["fp16", *(f"{column}, {moment}" for moment in ("before", "after")
                       for column in columns)]  # fmt: skip
     return table(head, rows)

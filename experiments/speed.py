@@ -7,7 +7,7 @@
 
 Speed depends on the machine and, where others share its memory, on the minute. So all variants are
 in memory at once and take turns, each figure is the median of its turns, and before and after every
-decoding the speed of reading memory is measured, which it can't exceed.
+decoding the speed of reading memory is measured, which is about its limit.
 """
 
 import math
@@ -79,7 +79,7 @@ def int8_copy(model: TinyGPTV) -> TinyGPTV:
 
 
 def packed_copy(int8: TinyGPTV) -> TinyGPTV:
-    """The same model, ready for the CPU's int8 unit."""
+    """The same model, ready for the CPU's int8 instructions."""
     with torch.device("meta"):
         copy = TinyGPTV(int8.config)
     copy.load_state_dict(int8.state_dict(), assign=True)
@@ -281,7 +281,7 @@ def cpu_name() -> str:
     name = re.search(r"model name\s*: (.+)", text)
     known = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
     units = [unit for unit in known if unit in text]
-    return f"{name[1] if name else platform.processor()}, {', '.join(units) or 'no int8 unit'}"
+    return f"{name[1] if name else platform.processor()}, {', '.join(units) or 'no int8'}"
 
 
 def measure_all(config: Config) -> dict:
