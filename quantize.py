@@ -146,7 +146,7 @@ def quantize_model(model: nn.Module) -> None:
 # A CPU's int8 instructions multiply bytes and add the products up without any error; so x has to
 # become bytes as well, with a scale for each token (dynamic quantization; the scale of x is called
 # a step here, to tell it from that of W). One byte for a number is coarse: 127 steps up to the
-# largest, and a product that is off by about one percent. Two bytes are finer than bf16, but for
+# largest, and a product that is off by about one percent. Two bytes are finer than bf16, except for
 # numbers a hundred times smaller than the largest. Each number is n steps, and an integer is
 # n = 256 * high + low (1000 = 256 * 4 - 24), with both between -128 and 127; and so
 #
