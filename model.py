@@ -240,7 +240,7 @@ class Phi(nn.Module):
         super().__init__()
         self.config = config
         embeddings = torch.empty(config.vocab_size, config.hidden_size)
-        if not embeddings.is_meta:  # else this, as in nn.Embedding(...), imports torch's compiler
+        if not embeddings.is_meta:  # there normal_, as in nn.Embedding(...), imports a compiler
             nn.init.normal_(embeddings)
         self.embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))

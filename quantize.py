@@ -450,7 +450,7 @@ def quantize_directory(weights: Path, out: Path, stage: int | None) -> str:
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0, 2 after a line on stderr that says what was wrong, or 130 after Ctrl-C."""
-    # here, so that the layers above need nothing but torch
+    # here, so that the layers above need nothing but torch and lora.py
     from experiments.command_line import Parser, exit_code
 
     parser = Parser(description="Quantize TinyGPT-V to int8.", allow_abbrev=False)

@@ -157,8 +157,9 @@ def other_cpu() -> str:
     ours, ratios = speed["variants"]["int8"], speed["ratios"]
     pictures = " and ".join(f"{ratios[f'picture_{size}, {plain}']:.2f}" for size in (224, 448))
     token, prompt = (ratios[f"{key}, llama.cpp Q8_0"] for key in ("token", "prefill"))
-    return (f"On another CPU, {speed['cpu']} (`experiments/results/speed_vnni.json`), a "
-            f"token took {ours['token']:.3f} s, {ours['share']:.0%} of the bandwidth, and with "
+    return (f"Another CPU, measured with an earlier version: {speed['cpu']} "
+            f"(`experiments/results/speed_vnni.json`). A token took {ours['token']:.3f} s, "
+            f"{ours['share']:.0%} of the bandwidth, and with "
             f"llama.cpp {token:.2f} times as long, its prompt {prompt:.2f} times; pictures of 224 "
             f"and 448 px were {pictures} times as fast as in bf16 with fused attention. To the "
             f"first token it took {as_it_lies:.1f} s as it lies, and packed, which there copies "

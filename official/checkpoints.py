@@ -124,9 +124,7 @@ def first_words(error: Exception) -> str:
     return printable(words[0].split(". ")[0][:120])
 
 
-def check_place(
-    name: str, tensor: Tensor, expected: Tensor | None, advice: str
-) -> torch.dtype:
+def check_place(name: str, tensor: Tensor, expected: Tensor | None, advice: str) -> torch.dtype:
     """The dtype that a file's tensor has in the model, where `expected`, on the meta device, holds
     its place. Raises ValueError, with advice what to do, if nothing does, or if it has another
     shape or another kind of numbers."""
@@ -142,11 +140,9 @@ def check_place(
     return expected.dtype
 
 
-def check_numbers(
-    name: str, tensor: Tensor, dtype: torch.dtype, copy: bool, advice: str
-) -> Tensor:
+def check_numbers(name: str, tensor: Tensor, dtype: torch.dtype, copy: bool, advice: str) -> Tensor:
     """A tensor in a dtype; a copy, or where possible the mapped file itself. Raises ValueError,
-    with advice what to do, if a number is not finite."""
+    with advice what to do, if a number is not finite or too large for the dtype."""
     converted = in_dtype(tensor, dtype, copy)
     if not all_finite(converted):
         if all_finite(tensor.double()):  # some types of 8 bits have no extremes
