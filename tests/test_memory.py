@@ -74,7 +74,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [
+    way if way in ("plain", "int8") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS
+])  # fmt: skip
 def test_the_plan_is_what_a_real_step_takes(way: str, one_thread: None):
     config, sizes = mini(4, **WAYS[way])
     options = {name: getattr(config, name) for name in ("precision", "checkpointing", "int8")}

@@ -524,6 +524,7 @@ def learn_half(rank: int, folder: str, rows: list[dict]) -> None:
     torch.save(grads, Path(folder) / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_processes_share_what_only_one_has_pictures_for(model, rows, tmp_path: Path):
     """Rows 0, 2 and 4 are the first process's, and the last of them, too, is text alone."""
     text = encode_sample([("say", "two red stars")], model.tokenizer, 0, 32, 32, "###")
