@@ -68,6 +68,8 @@ def load_image(path: str | Path | BinaryIO) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                     raise Image.DecompressionBombError  # as Pillow, which allows more, does
                 return _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:  # no fault of the picture's
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         reason = UNREADABLE.get(type(error)) or getattr(error, "strerror", None) or error
         raise ValueError(printable(f"cannot read the image {path}: {reason}")) from error
@@ -309,7 +311,8 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
 
     text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
     grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
-    Raises what `check_request` does, and warns where only a part of a text counts.
+    Raises what `check_request` does, and ValueError where nothing of a text counts; warns where
+    only a part of it does.
     """
     check_request(task, text, stage)
     if stage == 3 and task == "caption":
@@ -318,6 +321,8 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
         if len(text.split()) > 50:
             warnings.warn("only the first 50 words of what was asked count, as in training")
         text = caption_text(text)
+        if not text:
+            raise ValueError(f"task {task} needs a text with something else than punctuation in it")
     return user_turn(instruction(task, text), stage, image=True, official=official)
 
 
@@ -454,9 +459,9 @@ def make_sample(
 ) -> Turns:
     """Prompts and answers of a record in its stage. size: (width, height) of its picture, if any.
 
-    As in the official data, `caption_text` is applied to all captions of stages 1 and 2; in stage 4
-    to those of task caption, to vqa, and to the phrases of refer and identify. All else stays as it
-    is. Raises ValueError for a task that the stage does not have, and for a box outside the
+    As in the official data, `caption_text` is applied to all captions of stages 1 and 2, and to
+    those of task caption in stage 4; in stages 3 and 4 to vqa and to the phrases of refer and
+    identify. All else stays as it is. Raises ValueError for a task that the stage does not have, and for a box outside the
     picture.
     """
     task, image = record["task"], size is not None

@@ -177,7 +177,7 @@ def generate_ids(
     count as said already. The first step computes the whole prompt, each later one a token. Ends
     after max_new_tokens, or when the positions are used up; whoever reads the ids may stop earlier.
     Rows do not influence each other. Raises ValueError for max_new_tokens below 1, for a prompt
-    that the positions do not hold, and for scores that are no numbers.
+    that the positions do not hold, and for scores that are not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
@@ -197,8 +197,8 @@ def generate_ids(
             mask = attention_mask if is_padded else None
             hidden = phi(inputs_embeds, mask, position_ids, cache)
             scores = phi.lm_head(hidden[:, -1]).float()  # (B, vocab_size)
-        if scores.isnan().any():
-            raise ValueError("the model's scores are no numbers: its products are too large for "
+        if not scores.isfinite().all():
+            raise ValueError("the model's scores are not finite: its products are too large for "
                              "fp16 (use bf16 or fp32), or its weights damaged")  # fmt: skip
         scores[:, num_ids or scores.shape[1] :] = float("-inf")
         scores = process_scores(scores, ids, sampling)
@@ -381,6 +381,8 @@ def check_options(arguments: argparse.Namespace) -> None:
             check_picture_name(f"--{option} {path}", path)
             if any(numbered(path, n, total).resolve() in asked_about for n in range(total)):
                 raise ValueError(f"--{option} {path} would replace a picture that is asked about")
+    if arguments.draw and arguments.attn and arguments.draw.resolve() == arguments.attn.resolve():
+        raise ValueError(f"--draw and --attn would both write {arguments.draw}")
     if arguments.attn_queries and not arguments.attn:
         raise ValueError("--attn-queries needs --attn FILE")
     if arguments.chat:

@@ -78,9 +78,9 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Ten
 def merge_tensors(
     tensors: Iterable[tuple[str, Tensor]], config: LoRAConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a model with LoRA as those of the same model merged, each as it comes. A and
-    B have to come before the weight that they change, and that as a whole. Raises ValueError if
-    they come too late."""
+    """Named tensors of a model with LoRA -> those of the same model merged, one by one. A and B of a
+    layer have to come before its weight, and the weight in one part. Raises ValueError for an A or
+    B without the other, or without a weight after it."""
     lora: dict[str, Tensor] = {}
     for name, tensor in tensors:
         layer = name.removesuffix(".weight")
@@ -92,7 +92,7 @@ def merge_tensors(
         else:
             yield name, tensor
     if lora:
-        raise ValueError(f"{next(iter(lora))} did not come before the weight that it changes")
+        raise ValueError(f"{next(iter(lora))} came without its partner, or after its weight")
 
 
 def add_lora(module: nn.Module, config: LoRAConfig) -> None:

@@ -127,8 +127,10 @@ class KVCache:
     def update(self, layer: int, kv: Tensor) -> Tensor:
         """Stores keys and values (2, B, heads, T, head_dim) of the newest T tokens; returns those
         of all, (2, B, heads, length + T, head_dim). `length` is moved on by Phi, when all layers
-        have stored theirs."""
-        end = self.length + kv.shape[3]
+        have stored theirs. Raises ValueError if there is no room left."""
+        end, room = self.length + kv.shape[3], self.kv.shape[4]
+        if end > room:
+            raise ValueError(f"the cache has room for {room} tokens, not for {end}")
         self.kv[layer, :, :, :, self.length : end] = kv
         return self.kv[layer, :, :, :, :end]
 
@@ -374,8 +376,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_dtype(model: "TinyGPTV", dtype: torch.dtype) -> None:
-    """Linear maps and embeddings to `dtype`; what the stages train, norms and positions stay fp32.
-    With a half dtype the model computes under torch.autocast."""
+    """Linear maps and embeddings to `dtype`, the embeddings of a quantized model to fp16; what the
+    stages train, norms and positions stay fp32. With a half dtype the model computes under
+    torch.autocast."""
     for prefix, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             for name, parameter in module.named_parameters(recurse=False):
@@ -387,9 +390,10 @@ def set_dtype(model: "TinyGPTV", dtype: torch.dtype) -> None:
 
 def half_dtype(device: str) -> torch.dtype:
     """The 16-bit type that the device computes with: bf16, which has the range of fp32, or fp16."""
-    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
-    return torch.float16 if device == "mps" else torch.bfloat16
+    return torch.float16 if kind == "mps" else torch.bfloat16
 
 
 def autocast(weight: Tensor) -> torch.autocast:
@@ -478,7 +482,7 @@ class TinyGPTV(nn.Module):
         with the official files (official/load.py); or what quantize.py has made of any of these.
         stage: which one, by default the last; 0 for the model before stage 1. dtype: of the frozen
         linear maps and embeddings; by default fp32, half precision for official and quantized
-        weights; fp16 on a CPU brings a warning. int8: quantize while loading; an error for weights
+        weights (a quantized model's embeddings are fp16); fp16 on a CPU brings a warning. int8: quantize while loading; an error for weights
         that are quantized already. pack: make quantized weights ready for int8 instructions, else
         products are in bf16. Without AMX that copies all weights, which takes a while at the
         official size, with it Phi's qkv and fc1; what is not copied stays where it lies in the
@@ -490,7 +494,8 @@ class TinyGPTV(nn.Module):
         from official.checkpoints import collected, open_pretrained, open_quantized, release_all
 
         directory, device = Path(directory), str(device)
-        if dtype == torch.float16 and device == "cpu":
+        on_cpu = torch.device(device).type == "cpu"
+        if dtype == torch.float16 and on_cpu:
             warnings.warn("a CPU multiplies fp16 very slowly; use bf16 or fp32")
         if int8:
             model, tensors = open_quantized(directory, stage)
@@ -499,7 +504,8 @@ class TinyGPTV(nn.Module):
             model, tensors = open_pretrained(directory, stage, device, dtype)
         model.load_state_dict(collected(tensors, model.state_dict()), assign=True)
         model.to(device).eval()
-        if model.config.int8 and pack and device == "cpu" and has_int8_unit():
+        if model.config.int8 and pack and on_cpu and has_int8_unit():
+            model.requires_grad_(False)  # whole numbers have no gradient
             file = None if int8 else model.backbones / "model.safetensors"
             pack_phi(model.phi, partial(release_all, file))
             pack_vision(model.visual_encoder, partial(release_all, file))

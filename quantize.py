@@ -126,7 +126,8 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows, self.weight, ones)
         else:
             parts = self.weight.split(1024 if on_cpu else len(self.weight))
-            y = torch.cat([rows @ part.bfloat16().T for part in parts], dim=1)
+            with torch.autocast(x.device.type, enabled=False):  # else fp16's could overflow
+                y = torch.cat([rows @ part.bfloat16().T for part in parts], dim=1)
         y = y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
         return y.unflatten(0, x.shape[:-1])
 
@@ -156,7 +157,7 @@ def quantize_model(model: nn.Module) -> None:
 # one token is decoded, the second byte is almost free.
 LARGEST = {1: 127, 2: 127 * 256}  # what a row's largest number becomes; a byte ends at 127
 LEAST_STEP = torch.tensor(TINY)  # so that a row of zeros is not 0 / 0
-OFFSETS = {1: torch.tensor(2.0**23 + 128), 2: torch.tensor(2.0**23 + 128 * 256 + 128)}
+OFFSETS = {1: 2.0**23 + 128, 2: 2.0**23 + 128 * 256 + 128}  # see as_bytes
 
 
 def as_bytes(rows: Tensor, step: Tensor, num_bytes: int) -> Tensor:
@@ -193,7 +194,8 @@ class PackedLinear(nn.Module):
     x (..., in) -> (..., out) in fp32. num_bytes: 1 or 2 for each number of x; every row of x has a
     step of its own, so that its largest number just fits. order: in which the rows of W are stored,
     if not as they are. Where one byte would be too coarse for some row, because a few numbers are
-    much larger than the others, all rows take two. For CPUs only, and not to be moved or saved.
+    much larger than the others, all rows take two. For CPUs only, and not to be moved, saved or
+    trained: whole numbers have no gradient.
 
     VNNI wants W in another order, into which oneDNN packs it. With AMX, torch._int_mm takes W as it
     is, so that a single layer stays where it lies; several layers, or rows in another order, are
@@ -215,6 +217,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in fp32."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("packed layers have no gradient; load the model with pack=False")
         rows = x.flatten(0, -2).float()  # (n, in)
         magnitudes = rows.abs()
         largest = magnitudes.amax(dim=1, keepdim=True)  # (n, 1)
@@ -222,14 +226,14 @@ class PackedLinear(nn.Module):
         if num_bytes == 1 and is_coarse(magnitudes, largest / LARGEST[1]):
             num_bytes = 2
         step = torch.add(LEAST_STEP, largest, alpha=1 / LARGEST[num_bytes])
-        y = self.multiply(as_bytes(rows, step, num_bytes))  # (num_bytes * n, out)
+        y = self.multiply(as_bytes(rows, step, num_bytes), num_bytes)  # (num_bytes * n, out)
         if num_bytes == 2:
             y = torch.add(y[: len(rows)], y[len(rows) :], alpha=256)
         y = torch.addcmul(self.bias, y, step)
         return y.contiguous().unflatten(0, x.shape[:-1])  # it may lie transposed
 
-    def multiply(self, numbers: Tensor) -> Tensor:
-        """(n, in) of uint8, where 128 stands for 0 -> (n, out) in fp32."""
+    def multiply(self, numbers: Tensor, num_bytes: int) -> Tensor:
+        """(num_bytes * n, in) of uint8, where 128 stands for 0 -> (num_bytes * n, out) in fp32."""
         if not self.has_amx:
             return torch.ops.onednn.qlinear_pointwise(
                 numbers, 1.0, 128,  # x: scale, zero point
@@ -237,7 +241,9 @@ class PackedLinear(nn.Module):
                 1.0, 0, torch.float32, "none", [], "",  # y: scale, zero point, type; nothing after
             )  # fmt: skip
         signed = (numbers ^ 128).view(torch.int8)  # to turn the highest bit over subtracts 128
-        if len(signed) <= 16:  # few rows: W xᵀ reads W faster than x Wᵀ does
+        # W xᵀ is faster than x Wᵀ, but what comes out lies transposed and is turned in the end. With
+        # two bytes that pays: they are joined before, so that half as much has to be turned.
+        if num_bytes == 2:
             y = torch._int_mm(self.weight, signed.T).T
         else:
             y = torch._int_mm(signed, self.weight.T)
@@ -247,15 +253,15 @@ class PackedLinear(nn.Module):
 @cache
 def has_int8_unit() -> bool:
     """Whether this is an x86 CPU that multiplies bytes exactly. One without VNNI adds pairs of
-    products up in 16 bits, where the largest do not fit: so the largest are tried, in few rows and
-    in many."""
+    products up in 16 bits, where the largest do not fit: so the largest are tried, as one byte and
+    as two, in few rows and in many."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     linear = nn.Linear(128, 64, bias=False, device="meta")
     linear.weight = nn.Parameter(torch.full((64, 128), 127.0))
     try:
-        multiply = PackedLinear([Int8Linear(linear)], 2)
-        found = [multiply(torch.ones(rows, 128)) for rows in (1, 20)]
+        layers = [PackedLinear([Int8Linear(linear)], num_bytes) for num_bytes in (1, 2)]
+        found = [layer(torch.ones(rows, 128)) for layer in layers for rows in (1, 20)]
     except (RuntimeError, AttributeError):  # a torch that was built without oneDNN
         return False
     # The step is rounded, which is nothing; sums that did not fit are off by thousands.
@@ -281,7 +287,8 @@ class Int8Block(nn.Module):
         channels = torch.arange(hidden_size // self.num_heads)  # of one head
         turning, still = channels[:rotary_dim], channels[rotary_dim:]
         channels = torch.cat([turning.view(2, -1).T.flatten(), still])
-        heads = torch.arange(2 * hidden_size).view(2 * self.num_heads, -1)[:, channels]  # of q, k
+        # of q and k, by head: (2 * heads, head_dim)
+        heads = torch.arange(2 * hidden_size).view(2 * self.num_heads, -1)[:, channels]
         others = torch.arange(2 * hidden_size, 3 * hidden_size + len(mlp.fc1.weight))  # v, fc1
         order = torch.cat([heads.flatten(), others])
         self.qkv_fc1 = PackedLinear([attention.qkv, mlp.fc1], 2, order)
@@ -302,8 +309,9 @@ class Int8Block(nn.Module):
         B, T, C = x.shape
         qkv, up = self.qkv_fc1(self.input_layernorm(x)).split(self.qkv_fc1_sizes, dim=-1)
         qkv = qkv.view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D)
-        qk = F.layer_norm(qkv[:2], qkv.shape[-1:], eps=self.eps)
+        qk = F.layer_norm(qkv[:2], qkv.shape[-1:], eps=self.eps)  # (2, B, heads, T, D)
         qk = torch.addcmul(self.qk_bias, qk, self.qk_weight, out=qkv[:2])
+        # complex: (2, B, heads, T, rotary_dim / 2) times (B, 1, T, rotary_dim / 2)
         turning = torch.view_as_complex(qk[..., : self.rotary_dim].unflatten(-1, (-1, 2)))
         turning.mul_(torch.view_as_complex(cos_sin))
         kv = qkv[1:] if cache is None else cache.update(self.layer, qkv[1:])
@@ -314,7 +322,9 @@ class Int8Block(nn.Module):
 
 class Int8VisionBlock(nn.Module):
     """vision.Block by some 128 tokens at a time, so that what lies between two products stays in
-    the cache; only attention needs all of them at once."""
+    the cache; only attention needs all of them at once. Whether one byte is enough is decided for
+    these tokens together. They may be of two pictures, so that beside others a picture's features
+    can differ a little from those it has alone."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -341,7 +351,6 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     """Makes the products of a quantized Phi ready for int8 instructions, in place, with two bytes a
     number. release: called after each layer, by one of two threads, to give back the memory of
     its old form, so that no more than two layers are in memory twice."""
-    phi.requires_grad_(False)
     if phi.config.qk_norm and phi.config.attn_norm:
         packed = partial(Int8Block, rotary_dim=phi.config.rotary_dim)
     else:  # Phi-2 without TinyGPT-V's norms, which Int8Block expects
@@ -353,7 +362,6 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
 
 def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
     """The same for the ViT, with one byte a number wherever that is not too coarse."""
-    vit.requires_grad_(False)
     pack_each(vit.blocks, lambda block: Int8VisionBlock(pack_layers(block, 1)), release)
 
 

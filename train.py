@@ -49,7 +49,7 @@ from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV, autocast, half_dtype, is_trainable
 from official.checkpoints import (
-    first_words, replace_file, save_checkpoint, tensors_fingerprint,
+    first_words, is_official, replace_file, save_checkpoint, tensors_fingerprint,
 )  # fmt: skip
 from official.stream import folder_mixture, has_mixture
 from quantize import quantize_model
@@ -259,6 +259,7 @@ def join_processes(device: str) -> tuple[str, int, int]:
                              f"torchrun --nproc-per-node {count}")  # fmt: skip
         device = f"cuda:{number}"
         torch.cuda.set_device(device)
+        check_device(device)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     except dist.DistError as error:
@@ -273,7 +274,7 @@ def distributed(model: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def sum_over_processes(values: list[float], device: str) -> list[float]:
+def sum_over_processes(values: list[float], device: str | torch.device) -> list[float]:
     """The sums of each value over all processes."""
     if not dist.is_initialized():
         return values
@@ -354,7 +355,8 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def schedule_of(config: TrainConfig) -> Schedule:
-    """The stage's schedule; with config.steps one cycle of so many, warmed up in a tenth of it."""
+    """The stage's schedule; with config.steps one cycle of so many, its warm-up the schedule's own
+    or a tenth of them, whichever is shorter."""
     schedule = SCHEDULES[config.preset][config.stage]
     schedule = replace(schedule, batch_size=config.batch_size or schedule.batch_size)
     if config.steps:
@@ -367,7 +369,7 @@ def schedule_of(config: TrainConfig) -> Schedule:
 def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     """The model of an earlier stage, made ready for this one. state: of `read_state`, for a run
     that goes on, or {}. Raises ValueError if that is of other weights, or if the weights are of
-    another size than the preset's, or quantized."""
+    another size than the preset's, or quantized, or if config.out would spoil them."""
     torch.manual_seed(config.seed)  # of parameters that no file has
     dtype = DTYPES[config.precision]
     # before quantization the weights may not fit a small GPU
@@ -377,6 +379,10 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     if model.config.phi.num_layers != PHI_PRESETS[config.preset].num_layers:
         raise ValueError(f"the weights in {config.weights} are not of preset={config.preset}")
+    folder = model.backbones.resolve()
+    if is_official(folder) and Path(config.out).resolve().is_relative_to(folder):
+        raise ValueError(f"out={config.out} lies in {folder}, where it would count as one of the "
+                         "official files; say another folder")  # fmt: skip
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     if config.int8:
@@ -428,10 +434,12 @@ def new_scaler(config: TrainConfig, device: str) -> torch.amp.GradScaler:
 
 def require_room(config: TrainConfig, model: TinyGPTV) -> None:
     """Raises ValueError unless the disk has room for what save_state writes: the weights that learn
-    in model.safetensors, and in train_state.pt again with AdamW's two moments; the old state stays
-    until the new one is whole."""
+    and the `carried` ones in model.safetensors, and in train_state.pt what learns again with
+    AdamW's two moments. Old files stay until the new ones are whole."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    needed, free = (3 if config.resume else 7) * trained, shutil.disk_usage(config.out).free
+    carried = sum(p.nbytes for name, p in model.named_parameters() if name in model.carried)
+    needed = 3 * trained + carried if config.resume else 7 * trained + 2 * carried
+    free = shutil.disk_usage(config.out).free
     if free < needed:
         raise ValueError(f"{config.out}: saving takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} are "
                          "free; make room, or say out=... for another disk")  # fmt: skip
@@ -460,19 +468,21 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
     path = Path(config.out) / "train_state.pt"
     if not path.exists():
         raise ValueError(f"there is no {path}: {config.out} holds no run that could go on")
-    now = asdict(config) | {"processes": world_size}
+    now = asdict(config) | {"torchrun's processes": world_size}
     try:
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        # A mapped file would take its place on the disk for as long as it is in use.
+        state = torch.load(path, "cpu", weights_only=True, mmap=False)
         if missing := STATE - state.keys():
             raise ValueError(f"it has no {missing.pop()}")
-        before = state["config"] | {"processes": state["world_size"]}
+        before = state["config"] | {"torchrun's processes": state["world_size"]}
         before = asdict(TrainConfig()) | before  # an older version may have had fewer options
     except Exception as error:  # damaged bytes can make a parser raise anything
         reason = first_words(error)
         told = f"{path} is damaged ({reason}); delete {config.out} and start again"
         raise ValueError(told) from None
-    changed = [f"{key}={before[key]}" for key in now
-               if key not in MAY_CHANGE and before[key] != now[key]]  # fmt: skip
+    changed = [f"{key}={int(value) if isinstance(value, bool) else value}"
+               for key, value in before.items()
+               if key not in MAY_CHANGE and value != now[key]]  # fmt: skip
     if changed:
         raise ValueError(f"the run in {config.out} has {', '.join(changed)}; say the same to go on")
     return state
@@ -548,6 +558,7 @@ def train(config: TrainConfig) -> int:
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        state.clear()
     log.tell(model.load_report)
     batch_sizes = [size * world_size for size in batch_sizes]
     log.tell(summary(model, schedule.steps, batch_sizes, config.precision))
@@ -594,9 +605,11 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     if config.save_every < 1:
         raise ValueError(f"save_every={config.save_every}: say after how many steps to save")
     for key in ("steps", "batch_size", "micro_batch_size", "grad_clip", "num_workers", "seed"):
-        if not 0 <= getattr(config, key) < math.inf:
-            raise ValueError(f"{key}={getattr(config, key)}: it has to be 0 or more")
-    check_device(config.device)
+        if not 0 <= getattr(config, key) < 2**63:
+            raise ValueError(f"{key}={getattr(config, key)}: it has to be 0 or more, below 2^63")
+    # A check opens a context on the GPU; of several processes each checks its own (join_processes).
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        check_device(config.device)
     return config
 
 

@@ -72,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     numbers lose less by rounding: of the keys, where they come in fp32, and of the scores, which
     plain products round to bf16. On a CPU without AMX, a unit for matrices of bf16, torch's fused
     call is slow at EVA's head_dim of 88, so two heads at a time are multiplied plainly. On other
-    devices, in fp32 and with gradients it is the fused call alone.
+    devices, in fp32 and while gradients are recorded, as in training, it is the fused call alone.
     """
     half = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half or torch.is_grad_enabled():

@@ -10,9 +10,10 @@ The records go to DIR/NAME.jsonl, where training looks for them (train.py data=D
 must be in a folder above the pictures, too, because records name their pictures from there.
 
 Each record gives in training the sample that the official reader makes of the same entry; entries
-that it does not use, or that nobody could use, are left out and counted. One thing differs: where
+that it does not use, or that nobody could use, are left out and counted. Two things differ. Where
 an object has several referring expressions, the official reader draws one each time; here each is
-a record, so that such an object comes more often.
+a record, so that such an object comes more often. And a side of a box that is a whole number of
+hundredths is one less there now and then, by rounding.
 """
 
 import functools

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ def test_unreadable_images_name_the_file(tmp_path, kind):
     assert "\n" not in told and told.count(path.name) == 1
     unknown = "it is no picture in a format that is read here (JPEG, PNG, WEBP,"
     assert (unknown in told) == (kind in ("empty", "text"))
+
+
+def test_a_lack_of_memory_is_not_the_pictures_fault(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        data.load_image(tmp_path / "a.png")
 
 
 # ---- tokenizer ----
@@ -266,6 +274,7 @@ def test_inference_prompts_are_worded_as_in_training():
 @pytest.mark.parametrize("task, text, stage, reason", [
     ("vqa", "is <ImageHere> red?", 4, "<ImageHere>"),
     ("vqa", " ", 4, "needs a text"),
+    ("vqa", "...", 4, "needs a text with something else than punctuation"),
     ("caption", "hello", 4, "takes no text"),
     ("capton", "", 4, "caption"),
     ("identify", "here", 4, "one box"),

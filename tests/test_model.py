@@ -16,12 +16,14 @@ from data import END_OF_TEXT, IGNORE, IMAGE_TOKEN_ID
 from generate import generate_ids
 from lora import LoRAConfig
 from model import (
+    KVCache,
     ModelConfig,
     Phi,
     PhiConfig,
     RMSNorm,
     TinyGPTV,
     apply_rotary,
+    half_dtype,
     is_trainable,
     rotary_cos_sin,
 )
@@ -143,6 +145,20 @@ def test_attention_maps_do_not_change_the_result(phi, padding):
 def test_too_many_positions_are_refused(phi):
     with pytest.raises(ValueError, match="33 positions; this model has 32"):
         phi(torch.zeros(1, 33, CONFIG.hidden_size))
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_full_cache_takes_no_more(phi, new):
+    """torch would write a single token to nowhere without a word."""
+    cache = KVCache(CONFIG, 1, 4)
+    phi(torch.randn(1, 4, CONFIG.hidden_size), cache=cache)
+    with pytest.raises(ValueError, match=f"the cache has room for 4 tokens, not for {4 + new}"):
+        phi(torch.randn(1, new, CONFIG.hidden_size), cache=cache)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_a_device_with_a_number_is_of_its_kind(device):
+    assert half_dtype(f"{device}:0") == half_dtype(device)
 
 
 def test_loss_is_the_cross_entropy_of_the_next_token(phi):

@@ -174,6 +174,13 @@ def test_int8_linear_equals_its_definition(shape, bias):
     assert error(right, linear(x)) < 0.012  # what int8 itself costs
 
 
+def test_large_sums_do_not_overflow_where_autocast_would_multiply_in_fp16():
+    """W is multiplied without its scale: here up to 127 * 127 * 64 * 10."""
+    layer, x = Int8Linear(random_linear(2048, 8)), 60 * torch.randn(20, 2048)
+    with torch.autocast("cpu", torch.float16):
+        assert error(layer(x), layer.naive(x)) < 0.006
+
+
 @needs_unit
 @on_both_units
 @pytest.mark.parametrize("num_bytes, tolerance", [(1, 0.012), (2, 6e-5)])
@@ -371,7 +378,7 @@ def test_lora_is_merged_before_rounding():
 def test_lora_that_comes_too_late_is_not_lost_in_silence(order):
     names = {"W": "dense.weight", "A": "dense.lora_A.weight", "B": "dense.lora_B.weight"}
     late = [(names[part], torch.ones(2, 2)) for part in order.split()]
-    with pytest.raises(ValueError, match="lora_.*weight did not come before the weight"):
+    with pytest.raises(ValueError, match="lora_.*weight came without its partner, or after"):
         list(merge_tensors(late, LoRAConfig(r=2, alpha=2)))
 
 
@@ -423,6 +430,19 @@ def test_what_phi_gets_to_see_stays_the_same(int8_directory, pack):
     right = encode_images(TinyGPTV.from_pretrained(WEIGHTS), [image])
     found = encode_images(TinyGPTV.from_pretrained(int8_directory, pack=pack), [image])
     assert error(found, right) < 0.03
+
+
+@needs_unit
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_a_packed_model_has_a_loss_but_no_gradient(int8_directory):
+    model = TinyGPTV.from_pretrained(int8_directory, device="cpu:0")
+    assert isinstance(model.phi.layers[0], Int8Block)
+    ids = torch.arange(2, 12)[None]
+    assert not model(ids, ids, torch.ones_like(ids)).requires_grad
+    embeds = model.phi.embed(ids).requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient; load the model with pack=False"):
+        model.phi(embeds)
 
 
 def test_the_vits_attention_keeps_its_biases():

@@ -231,11 +231,11 @@ def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, capsys):
     assert "no run that could go on" in capsys.readouterr().err
     assert run(tmp_path / "run", "steps=4", "save_every=2") == 0
     with open(tmp_path / "run/train_state.pt", "wb") as file:
-        config = vars(with_defaults(train.TrainConfig(stage=1)))
+        config = vars(with_defaults(train.TrainConfig(stage=1, int8=True)))
         torch.save(dict.fromkeys(train.STATE) | {"config": config, "world_size": 2}, file)
     assert run(tmp_path / "run", "steps=4", "resume=1") == 2
     told = capsys.readouterr().err
-    assert "stage=1" in told and "processes=2" in told and "seed=42" in told
+    assert "stage=1" in told and "processes=2" in told and "seed=42" in told and "int8=1," in told
     torch.save(dict.fromkeys(train.STATE - {"frozen"}), tmp_path / "run/train_state.pt")
     assert run(tmp_path / "run", "steps=4", "resume=1") == 2
     assert "train_state.pt is damaged (it has no frozen)" in capsys.readouterr().err
@@ -320,11 +320,22 @@ def test_a_disk_without_room_for_a_save_is_noticed_at_once(tmp_path: Path, monke
     assert losses(tmp_path / "run") == []
     config = train.TrainConfig(out=str(tmp_path), resume=True)
     model = torch.nn.Linear(10, 10)  # 440 bytes, three times of which are needed
-    free = 1320
-    train.require_room(config, model)
-    free = 1319
-    with pytest.raises(ValueError, match="saving takes 0 MB, 0 are free; make room"):
+    for carried, needed in ((set(), 1320), ({"weight"}, 1720)):
+        model.carried, free = carried, needed
         train.require_room(config, model)
+        free = needed - 1
+        with pytest.raises(ValueError, match="saving takes 0 MB, 0 are free; make room"):
+            train.require_room(config, model)
+
+
+def test_nothing_is_written_among_the_official_files(tmp_path: Path, monkeypatch, capsys):
+    """A checkpoint there would make the folder one of ours, without a tokenizer of its own."""
+    weights = shutil.copytree(ROOT / "miniature" / "weights", tmp_path / "weights")
+    monkeypatch.setattr(train, "is_official", lambda folder: folder == weights.resolve())
+    options = [*SHORT, "steps=1", f"weights={weights}"]
+    assert train.main([*options, f"out={weights}/mine/run"]) == 2
+    assert "where it would count as one of the official files" in capsys.readouterr().err
+    assert train.main([*options, f"out={tmp_path}/weights2"]) == 0
 
 
 def test_what_another_model_has_learned_is_refused(model):
@@ -681,7 +692,7 @@ def test_a_signal_to_the_whole_group_ends_the_step_and_saves(tmp_path: Path):
 
 @pytest.mark.parametrize("option, reason", [
     ("grad_clip=-1", "0 or more"), ("grad_clip=nan", "0 or more"),
-    ("micro_batch_size=-1", "0 or more"),
+    ("micro_batch_size=-1", "0 or more"), ("seed=18446744073709551616", "below 2^63"),
     ("device=gpu", "device=gpu"),
 ])  # fmt: skip
 def test_numbers_that_no_run_can_have(tmp_path: Path, capsys, option, reason):
