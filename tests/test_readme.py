@@ -55,7 +55,7 @@ def test_files_that_the_readme_names_exist():
 def test_tables_are_what_the_results_say():
     assert between("stages") == readme.stage_table() + "\n\n" + readme.score_table()
     assert between("size") == readme.size_table()
-    parts = readme.speed_table(), readme.other_cpu(), readme.memory_table()
+    parts = readme.speed_table(), readme.other_runs(), readme.memory_table()
     assert between("speed") == "\n\n".join(parts)
     assert between("aims") == readme.aims_table()
     assert between("attention") == readme.attention_table()
