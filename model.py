@@ -491,7 +491,9 @@ class TinyGPTV(nn.Module):
         there, has its shape, is finite, and none is left over.
         """
         # here, because that module is built on this one
-        from official.checkpoints import collected, open_pretrained, open_quantized, release_all
+        from official.checkpoints import (
+            collected, keep_freed_memory, open_pretrained, open_quantized, release_all,
+        )  # fmt: skip
 
         directory, device = Path(directory), str(device)
         on_cpu = torch.device(device).type == "cpu"
@@ -509,4 +511,5 @@ class TinyGPTV(nn.Module):
             file = None if int8 else model.backbones / "model.safetensors"
             pack_phi(model.phi, partial(release_all, file))
             pack_vision(model.visual_encoder, partial(release_all, file))
+        keep_freed_memory()
         return model

@@ -183,17 +183,18 @@ def is_coarse(magnitudes: Tensor, step: Tensor) -> bool:
 
 
 def joined(tensors: list[Tensor], order: Tensor | None) -> Tensor:
-    """Tensors as one, its rows in that order; a single one without an order where it lies."""
-    whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0].detach()
-    return whole if order is None else whole[order]
+    """Tensors as one, the rows of the first in that order; a single one without an order where it
+    lies."""
+    first = tensors[0].detach() if order is None else tensors[0][order]
+    return torch.cat([first, *tensors[1:]]) if len(tensors) > 1 else first
 
 
 class PackedLinear(nn.Module):
     """One or several linear layers of the same x as one product of integers: x is quantized, too.
 
     x (..., in) -> (..., out) in fp32. num_bytes: 1 or 2 for each number of x; every row of x has a
-    step of its own, so that its largest number just fits. order: in which the rows of W are stored,
-    if not as they are. Where one byte would be too coarse for some row, because a few numbers are
+    step of its own, so that its largest number just fits. order: in which the rows of the first W
+    are stored, if not as they are. Where one byte would be too coarse for some row, because a few numbers are
     much larger than the others, all rows take two. For CPUs only, and not to be moved, saved or
     trained: whole numbers have no gradient.
 
@@ -289,8 +290,7 @@ class Int8Block(nn.Module):
         channels = torch.cat([turning.view(2, -1).T.flatten(), still])
         # of q and k, by head: (2 * heads, head_dim)
         heads = torch.arange(2 * hidden_size).view(2 * self.num_heads, -1)[:, channels]
-        others = torch.arange(2 * hidden_size, 3 * hidden_size + len(mlp.fc1.weight))  # v, fc1
-        order = torch.cat([heads.flatten(), others])
+        order = torch.cat([heads.flatten(), torch.arange(2 * hidden_size, 3 * hidden_size)])  # v
         self.qkv_fc1 = PackedLinear([attention.qkv, mlp.fc1], 2, order)
         self.qkv_fc1_sizes = [3 * hidden_size, len(mlp.fc1.weight)]
         self.dense, self.fc2 = PackedLinear([attention.dense], 2), PackedLinear([mlp.fc2], 2)

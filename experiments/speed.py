@@ -36,6 +36,7 @@ from experiments.command_line import report
 from experiments.peers import LlamaCpp, write_gguf
 from generate import encode_images, generate_ids, prepare
 from model import ModelConfig, TinyGPTV, set_dtype
+from official.checkpoints import keep_freed_memory
 from quantize import Int8Linear, pack_phi, pack_vision, quantize_model
 
 RESULT = ROOT / "experiments" / "results" / "speed.json"
@@ -183,6 +184,7 @@ def decoding(turn: Callable[[], dict], num_bytes: int, probe: Tensor) -> dict[st
 
 def measure(config: Config) -> dict:
     """All variants of the model at full size, taking turns; random weights."""
+    keep_freed_memory()  # as loading from files does
     bf16 = random_model(config.layers)
     int8 = int8_copy(bf16)
     packed = packed_copy(int8)

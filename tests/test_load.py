@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import weakref
 from pathlib import Path
@@ -30,6 +32,8 @@ from official.load import Filling, open_official, open_weights
 from official.weights import by_blocks, from_official, to_official
 from test_fuzz import forget_peak, memory
 from vision import VisionConfig
+
+ROOT = Path(__file__).resolve().parent.parent
 
 EVA, QFORMER, PHI, STAGE = (
     "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "phi-2", "TinyGPT-V_for_Stage4.pth",
@@ -807,3 +811,17 @@ def test_fp16_becomes_bf16_as_torch_has_it():
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and tensor.numel() > 2**18
     assert in_dtype(expected, torch.bfloat16, copy=False) is expected
     assert in_dtype(expected, torch.bfloat16, copy=True).data_ptr() != expected.data_ptr()
+
+
+@pytest.mark.skipif(not memory("VmHWM"), reason="where there is /proc, there may be mallopt")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_for_the_next_tensors(kept):
+    """Pages that the system has to clear again, of 48 MB in six tensors."""
+    code = ("import resource, torch; from official.checkpoints import keep_freed_memory\n"
+            f"if {kept}: keep_freed_memory()\n"
+            "for _ in range(3):\n"
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    tensors = [torch.ones(2**21) for _ in range(6)]; del tensors\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (int(run.stdout) < 100) == kept, run.stdout + run.stderr

@@ -192,8 +192,8 @@ def test_packed_layers_equal_their_definition(shape, num_bytes, tolerance):
     packed = PackedLinear(layers, num_bytes)
     assert packed(x).shape == right.shape and error(packed(x), right) < tolerance
     assert error(packed(x), right) > tolerance / 20  # the tolerance is not idle
-    order = torch.randperm(64)
-    assert error(PackedLinear(layers, num_bytes, order)(x), right[..., order]) < tolerance
+    order = torch.cat([torch.randperm(40), torch.arange(40, 64)])  # of the first alone
+    assert error(PackedLinear(layers, num_bytes, order[:40])(x), right[..., order]) < tolerance
 
 
 @needs_unit
