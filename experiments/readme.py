@@ -150,8 +150,9 @@ def speed_table() -> str:
 
 
 OTHER_RUNS = {
-    "speed_quiet": "Others share the machine, and in some hours its AMX is twice as fast",
-    "speed_vnni": "Another CPU, with an earlier version of the code",
+    "speed_slow": "Others share the machine: in some hours AMX is half as fast, here with a version "
+                  "of the code that took longer to start",
+    "speed_vnni": "Another CPU, with a still earlier version",
 }
 
 
