@@ -311,8 +311,8 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
 
     text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
     grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
-    Raises what `check_request` does, and ValueError where nothing of a text counts; warns where
-    only a part of it does.
+    Raises what `check_request` does, and ValueError if nothing is left of a text without its
+    punctuation; warns where only a part of it counts.
     """
     check_request(task, text, stage)
     if stage == 3 and task == "caption":
@@ -320,9 +320,9 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
     if task in ("vqa", "refer") and not official:
         if len(text.split()) > 50:
             warnings.warn("only the first 50 words of what was asked count, as in training")
-        text = caption_text(text)
+        asked, text = text, caption_text(text)
         if not text:
-            raise ValueError(f"task {task} needs a text with something else than punctuation in it")
+            raise ValueError(f"task {task} needs a text with words in it, not {asked!r}")
     return user_turn(instruction(task, text), stage, image=True, official=official)
 
 
@@ -461,8 +461,8 @@ def make_sample(
 
     As in the official data, `caption_text` is applied to all captions of stages 1 and 2, and to
     those of task caption in stage 4; in stages 3 and 4 to vqa and to the phrases of refer and
-    identify. All else stays as it is. Raises ValueError for a task that the stage does not have, and for a box outside the
-    picture.
+    identify. All else stays as it is. Raises ValueError for a task that the stage does not have,
+    and for a box outside the picture.
     """
     task, image = record["task"], size is not None
     if stage <= 2 and task not in ("caption", "detail"):

@@ -78,9 +78,9 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Ten
 def merge_tensors(
     tensors: Iterable[tuple[str, Tensor]], config: LoRAConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a model with LoRA -> those of the same model merged, one by one. A and B of a
-    layer have to come before its weight, and the weight in one part. Raises ValueError for an A or
-    B without the other, or without a weight after it."""
+    """Named tensors of a model with LoRA -> those of the same model merged, one by one. A and B of
+    a layer have to come before its weight, and the weight in one part. Raises ValueError for an A
+    or B without the other, or without a weight after it."""
     lora: dict[str, Tensor] = {}
     for name, tensor in tensors:
         layer = name.removesuffix(".weight")

@@ -482,11 +482,11 @@ class TinyGPTV(nn.Module):
         with the official files (official/load.py); or what quantize.py has made of any of these.
         stage: which one, by default the last; 0 for the model before stage 1. dtype: of the frozen
         linear maps and embeddings; by default fp32, half precision for official and quantized
-        weights (a quantized model's embeddings are fp16); fp16 on a CPU brings a warning. int8: quantize while loading; an error for weights
-        that are quantized already. pack: make quantized weights ready for int8 instructions, else
-        products are in bf16. Without AMX that copies all weights, which takes a while at the
-        official size, with it Phi's qkv and fc1; what is not copied stays where it lies in the
-        file.
+        weights (a quantized model's embeddings are fp16); fp16 on a CPU brings a warning. int8:
+        quantize while loading; an error for weights that are quantized already. pack: make
+        quantized weights ready for int8 instructions, else products are in bf16. Without AMX that
+        copies all weights, which takes a while at the official size, with it Phi's qkv and fc1;
+        what is not copied stays where it lies in the file.
         Raises ValueError or FileNotFoundError, naming file and tensor, unless every tensor is
         there, has its shape, is finite, and none is left over.
         """

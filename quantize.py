@@ -126,7 +126,7 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows, self.weight, ones)
         else:
             parts = self.weight.split(1024 if on_cpu else len(self.weight))
-            with torch.autocast(x.device.type, enabled=False):  # else fp16's could overflow
+            with torch.autocast(x.device.type, enabled=False):  # in fp16 sums could overflow
                 y = torch.cat([rows @ part.bfloat16().T for part in parts], dim=1)
         y = y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
         return y.unflatten(0, x.shape[:-1])
@@ -194,13 +194,13 @@ class PackedLinear(nn.Module):
 
     x (..., in) -> (..., out) in fp32. num_bytes: 1 or 2 for each number of x; every row of x has a
     step of its own, so that its largest number just fits. order: in which the rows of the first W
-    are stored, if not as they are. Where one byte would be too coarse for some row, because a few numbers are
-    much larger than the others, all rows take two. For CPUs only, and not to be moved, saved or
-    trained: whole numbers have no gradient.
+    are stored, if not as they are. Where one byte would be too coarse for some row, because a few
+    numbers are much larger than the others, all rows take two. For CPUs only, and not to be moved,
+    saved or trained: whole numbers have no gradient.
 
     VNNI wants W in another order, into which oneDNN packs it. With AMX, torch._int_mm takes W as it
     is, so that a single layer stays where it lies; several layers, or rows in another order, are
-    copied once.
+    copied.
     """
 
     def __init__(self, linears: list[Int8Linear], num_bytes: int, order: Tensor | None = None):
@@ -242,8 +242,8 @@ class PackedLinear(nn.Module):
                 1.0, 0, torch.float32, "none", [], "",  # y: scale, zero point, type; nothing after
             )  # fmt: skip
         signed = (numbers ^ 128).view(torch.int8)  # to turn the highest bit over subtracts 128
-        # W xᵀ is faster than x Wᵀ, but what comes out lies transposed and is turned in the end. With
-        # two bytes that pays: they are joined before, so that half as much has to be turned.
+        # W xᵀ is faster than x Wᵀ, but what comes out lies transposed and is turned in the end.
+        # With two bytes that pays: they are joined before, so that half as much has to be turned.
         if num_bytes == 2:
             y = torch._int_mm(self.weight, signed.T).T
         else:

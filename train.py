@@ -42,14 +42,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from data import IGNORE, RecordDataset, RowSettings, collate, read_folder, read_records
-from experiments.command_line import check_device, exit_code, key_values
+from experiments.command_line import check_device, exit_code, is_out_of_memory, key_values
 from experiments.run_log import RunLog, draw_run
 from experiments.workers import batches_from_workers
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
 from model import DTYPES, PHI_PRESETS, Phi, TinyGPTV, autocast, half_dtype, is_trainable
 from official.checkpoints import (
-    first_words, is_official, replace_file, save_checkpoint, tensors_fingerprint,
+    checkpoint_directory, first_words, is_official, read_config, replace_file, save_checkpoint,
+    tensors_fingerprint,
 )  # fmt: skip
 from official.stream import folder_mixture, has_mixture
 from quantize import quantize_model
@@ -248,7 +249,8 @@ def num_labels(batch: dict) -> int:
 def join_processes(device: str) -> tuple[str, int, int]:
     """Joins the processes that torchrun has started, with device=cuda one per GPU. Returns this
     one's device, its rank, and their number; without torchrun the device, 0 and 1. Raises
-    ValueError if there are fewer GPUs than processes, or if these do not find each other."""
+    ValueError if there are fewer GPUs than processes, if this one's GPU can't be computed on, or if
+    the processes do not find each other."""
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     on_gpu = device.startswith("cuda")
@@ -366,10 +368,21 @@ def schedule_of(config: TrainConfig) -> Schedule:
     return schedule
 
 
+def check_out(config: TrainConfig) -> None:
+    """Raises ValueError if config.out lies among the official files that the run begins from."""
+    folder = Path(config.weights)
+    if not is_official(folder):
+        folder = checkpoint_directory(folder, config.from_stage)
+        folder /= read_config(folder)[1]  # of the backbones
+    if is_official(folder) and Path(config.out).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"out={config.out} lies among the official files of {folder}, which could "
+                         "not be loaded any more with a checkpoint there; say another folder")
+
+
 def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
     """The model of an earlier stage, made ready for this one. state: of `read_state`, for a run
     that goes on, or {}. Raises ValueError if that is of other weights, or if the weights are of
-    another size than the preset's, or quantized, or if config.out would spoil them."""
+    another size than the preset's, or quantized."""
     torch.manual_seed(config.seed)  # of parameters that no file has
     dtype = DTYPES[config.precision]
     # before quantization the weights may not fit a small GPU
@@ -379,10 +392,6 @@ def prepare_model(config: TrainConfig, state: dict, device: str) -> TinyGPTV:
         raise ValueError(f"{config.weights} is quantized; train on what it was made from")
     if model.config.phi.num_layers != PHI_PRESETS[config.preset].num_layers:
         raise ValueError(f"the weights in {config.weights} are not of preset={config.preset}")
-    folder = model.backbones.resolve()
-    if is_official(folder) and Path(config.out).resolve().is_relative_to(folder):
-        raise ValueError(f"out={config.out} lies in {folder}, where it would count as one of the "
-                         "official files; say another folder")  # fmt: skip
     enter_stage(model, config.stage, config.preset)
     set_trainable(model)
     if config.int8:
@@ -470,19 +479,20 @@ def read_state(config: TrainConfig, world_size: int) -> dict:
         raise ValueError(f"there is no {path}: {config.out} holds no run that could go on")
     now = asdict(config) | {"torchrun's processes": world_size}
     try:
-        # A mapped file would take its place on the disk for as long as it is in use.
+        # Mapped, the old file would keep its room on the disk even after a newer one replaced it.
         state = torch.load(path, "cpu", weights_only=True, mmap=False)
         if missing := STATE - state.keys():
             raise ValueError(f"it has no {missing.pop()}")
         before = state["config"] | {"torchrun's processes": state["world_size"]}
         before = asdict(TrainConfig()) | before  # an older version may have had fewer options
     except Exception as error:  # damaged bytes can make a parser raise anything
+        if is_out_of_memory(error):
+            raise
         reason = first_words(error)
         told = f"{path} is damaged ({reason}); delete {config.out} and start again"
         raise ValueError(told) from None
-    changed = [f"{key}={int(value) if isinstance(value, bool) else value}"
-               for key, value in before.items()
-               if key not in MAY_CHANGE and value != now[key]]  # fmt: skip
+    changed = [f"{key}={int(before[key]) if isinstance(before[key], bool) else before[key]}"
+               for key in now if key not in MAY_CHANGE and before[key] != now[key]]  # fmt: skip
     if changed:
         raise ValueError(f"the run in {config.out} has {', '.join(changed)}; say the same to go on")
     return state
@@ -540,6 +550,7 @@ def train(config: TrainConfig) -> int:
     config.json, model.safetensors, log.jsonl and loss.png into config.out, and train_state.pt
     until it is done. Returns 0, or 128 + the number of the signal that stopped it."""
     config = with_defaults(config)
+    check_out(config)
     device, rank, world_size = join_processes(config.device)
     log = RunLog(Path(config.out), config.resume, quiet=rank > 0)
     state = read_state(config, world_size) if config.resume else {}
@@ -607,8 +618,9 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     for key in ("steps", "batch_size", "micro_batch_size", "grad_clip", "num_workers", "seed"):
         if not 0 <= getattr(config, key) < 2**63:
             raise ValueError(f"{key}={getattr(config, key)}: it has to be 0 or more, below 2^63")
-    # A check opens a context on the GPU; of several processes each checks its own (join_processes).
-    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+    on_gpu = config.device.startswith("cuda") and torch.cuda.is_available()
+    # A check opens a context on the GPU: of several processes each checks its own, on joining.
+    if not (on_gpu and "LOCAL_RANK" in os.environ):
         check_device(config.device)
     return config
 

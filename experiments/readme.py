@@ -150,9 +150,9 @@ def speed_table() -> str:
 
 
 OTHER_RUNS = {
-    "speed_slow": "Others share the machine: in some hours AMX is half as fast, here with a version "
-                  "of the code that took longer to start",
-    "speed_vnni": "Another CPU, with a still earlier version",
+    "speed_slow": "The same CPU in an hour in which AMX was half as fast (others share the "
+                  "machine), with a version of the code that took longer to start",
+    "speed_vnni": "Another CPU, with a version earlier still",
 }
 
 

@@ -222,9 +222,9 @@ def release_all(path: Path | None) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library to keep the memory of freed tensors for the next ones, up to 64 MB. Else
-    it may give each back to the system, which clears every page before it lends it again: half a
-    second for a first picture at the official size."""
+    """Tells the C library to keep the memory of freed tensors, of up to 32 MB each and 64 MB in
+    all, for the next ones. Else it may give each back to the system, which clears every page before
+    it lends it again: half a second for a first picture at the official size."""
     if sys.platform.startswith("linux"):
         library = ctypes.CDLL(None)
         if hasattr(library, "mallopt"):  # as above

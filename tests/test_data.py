@@ -274,7 +274,7 @@ def test_inference_prompts_are_worded_as_in_training():
 @pytest.mark.parametrize("task, text, stage, reason", [
     ("vqa", "is <ImageHere> red?", 4, "<ImageHere>"),
     ("vqa", " ", 4, "needs a text"),
-    ("vqa", "...", 4, "needs a text with something else than punctuation"),
+    ("vqa", "...", 4, "needs a text with words in it, not '...'"),
     ("caption", "hello", 4, "takes no text"),
     ("capton", "", 4, "caption"),
     ("identify", "here", 4, "one box"),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Container, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -224,7 +225,7 @@ def fail_at_step(last: int):
     return check
 
 
-def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, capsys):
+def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, monkeypatch, capsys):
     assert run(whole, "steps=6") == 2
     assert "holds a run already" in capsys.readouterr().err
     assert run(tmp_path / "none", "steps=6", "resume=1") == 2
@@ -236,6 +237,10 @@ def test_a_run_is_not_mixed_with_another(whole: Path, tmp_path: Path, capsys):
     assert run(tmp_path / "run", "steps=4", "resume=1") == 2
     told = capsys.readouterr().err
     assert "stage=1" in told and "processes=2" in told and "seed=42" in told and "int8=1," in told
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=MemoryError))
+    assert run(tmp_path / "run", "steps=4", "resume=1") == 2
+    assert "damaged" not in capsys.readouterr().err
+    monkeypatch.undo()
     torch.save(dict.fromkeys(train.STATE - {"frozen"}), tmp_path / "run/train_state.pt")
     assert run(tmp_path / "run", "steps=4", "resume=1") == 2
     assert "train_state.pt is damaged (it has no frozen)" in capsys.readouterr().err
@@ -329,13 +334,15 @@ def test_a_disk_without_room_for_a_save_is_noticed_at_once(tmp_path: Path, monke
 
 
 def test_nothing_is_written_among_the_official_files(tmp_path: Path, monkeypatch, capsys):
-    """A checkpoint there would make the folder one of ours, without a tokenizer of its own."""
+    """With a checkpoint among them they could not be loaded any more."""
     weights = shutil.copytree(ROOT / "miniature" / "weights", tmp_path / "weights")
-    monkeypatch.setattr(train, "is_official", lambda folder: folder == weights.resolve())
-    options = [*SHORT, "steps=1", f"weights={weights}"]
-    assert train.main([*options, f"out={weights}/mine/run"]) == 2
-    assert "where it would count as one of the official files" in capsys.readouterr().err
-    assert train.main([*options, f"out={tmp_path}/weights2"]) == 0
+    monkeypatch.setattr(train, "is_official", lambda folder: folder.samefile(weights))
+    for given in (weights, weights / "stage1"):  # the files themselves, and what stands on them
+        options = [*SHORT, "steps=1", f"weights={given}"]
+        assert train.main([*options, f"out={weights}/mine/run"]) == 2
+        assert "which could not be loaded any more with a checkpoint" in capsys.readouterr().err
+        assert not (weights / "mine").exists()
+        assert train.main([*options, f"out={tmp_path}/{given.name}2"]) == 0
 
 
 def test_what_another_model_has_learned_is_refused(model):
@@ -609,6 +616,13 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path, monkeypatch, capsys):
 def torchrun_says(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
     for name, value in ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0} | values).items():
         monkeypatch.setenv(name, str(value))
+
+
+def test_what_is_no_device_is_told_to_each_process(tmp_path, monkeypatch, capsys):
+    torchrun_says(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run(tmp_path / "run", "steps=1", "device=gpu") == 2
+    assert "device=gpu: torch can't compute on that here" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch):
