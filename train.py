@@ -569,7 +569,7 @@ def train(config: TrainConfig) -> int:
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        state.clear()
+        state.clear()  # it was copied, or is the optimizer's now
     log.tell(model.load_report)
     batch_sizes = [size * world_size for size in batch_sizes]
     log.tell(summary(model, schedule.steps, batch_sizes, config.precision))

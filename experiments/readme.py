@@ -161,8 +161,7 @@ def other_runs() -> str:
     plain, told = "bf16, fused attention", []
     for name, beginning in OTHER_RUNS.items():
         speed = result(name)
-        ours, ratios, starts = (speed[key] for key in ("variants", "ratios", "first_token"))
-        ours = ours["int8"]
+        ours, ratios, starts = speed["variants"]["int8"], speed["ratios"], speed["first_token"]
         pictures = " and ".join(f"{ratios[f'picture_{size}, {plain}']:.2f}" for size in (224, 448))
         token, prompt = (ratios[f"{key}, llama.cpp Q8_0"] for key in ("token", "prefill"))
         told.append(

@@ -12,8 +12,8 @@ must be in a folder above the pictures, too, because records name their pictures
 Each record gives in training the sample that the official reader makes of the same entry; entries
 that it does not use, or that nobody could use, are left out and counted. Two things differ. Where
 an object has several referring expressions, the official reader draws one each time; here each is
-a record, so that such an object comes more often. And where an edge
-of a box lies exactly on a hundredth, the official reader now and then says one less, by rounding.
+a record, so that such an object comes more often. And where an edge of a box lies exactly on a
+hundredth, the official reader now and then says one less, by rounding.
 """
 
 import functools
