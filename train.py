@@ -43,7 +43,7 @@ from torch.utils.data import Dataset
 
 from data import IGNORE, RecordDataset, RowSettings, collate, read_folder, read_records
 from experiments.command_line import check_device, exit_code, is_out_of_memory, key_values
-from experiments.run_log import RunLog, draw_run
+from experiments.run_log import RunLog, counts_of, draw_run, summary
 from experiments.workers import batches_from_workers
 from lora import LORA_PRESETS, add_lora
 from miniature.stream import world_mixture
@@ -522,27 +522,6 @@ def finish(config: TrainConfig) -> None:
     draw_run(Path(config.out).absolute())
     print(f"saved {config.out}/model.safetensors; try: python generate.py --weights {config.out} "
           "--img x.jpg")  # fmt: skip
-
-
-def counts_of(micro: list[dict]) -> list[int]:
-    """Samples, tokens, answers that were cut and records that were skipped."""
-    counts = [[len(b["labels"]), int(b["attention_mask"].sum()), b["truncated"], len(b["skipped"])]
-            for b in micro]  # fmt: skip
-    return [sum(column) for column in zip(*counts)]
-
-
-def summary(model: TinyGPTV, steps: int, batch_sizes: list[int], precision: str) -> str:
-    """How many parameters each part has, how many learn, and what lies ahead."""
-    counts = {name: sum(p.numel() for p in part.parameters())
-              for name, part in model.named_children()}  # fmt: skip
-    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    samples = " or ".join(map(str, sorted(set(batch_sizes))))
-    return (
-        " + ".join(f"{name} {count:,}" for name, count in counts.items())
-        + f" = {sum(counts.values()):,} parameters, of which {sum(trainable):,} in "
-        f"{len(trainable)} tensors learn; {steps} steps of {samples} samples "
-        f"at {model.image_size} pixels, products in {precision}"
-    )
 
 
 def train(config: TrainConfig) -> int:

@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar, log.jsonl, and a picture of the loss, loss.png.
+"""What a training run tells: what lies ahead, a progress bar, log.jsonl, and loss.png, a picture.
 
     python experiments/run_log.py runs/stage1 runs/stage2 ...     draws their losses side by side
 """
@@ -18,11 +18,33 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.command_line import exit_code
+from model import TinyGPTV
 from official.checkpoints import lock
 
 MAX_BAD_STEPS = 20  # in a row; fp16's loss scale takes up to 16 to settle
 MAX_SKIPPED = 0.01  # of the samples, once there were MIN_SAMPLES
 MIN_SAMPLES = 1000
+
+
+def counts_of(micro: list[dict]) -> list[int]:
+    """Of a step's micro-batches: samples, tokens, answers that were cut, records skipped."""
+    counts = [[len(b["labels"]), int(b["attention_mask"].sum()), b["truncated"], len(b["skipped"])]
+            for b in micro]  # fmt: skip
+    return [sum(column) for column in zip(*counts)]
+
+
+def summary(model: TinyGPTV, steps: int, batch_sizes: list[int], precision: str) -> str:
+    """How many parameters each part has, how many learn, and what lies ahead."""
+    counts = {name: sum(p.numel() for p in part.parameters())
+              for name, part in model.named_children()}  # fmt: skip
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    samples = " or ".join(map(str, sorted(set(batch_sizes))))
+    return (
+        " + ".join(f"{name} {count:,}" for name, count in counts.items())
+        + f" = {sum(counts.values()):,} parameters, of which {sum(trainable):,} in "
+        f"{len(trainable)} tensors learn; {steps} steps of {samples} samples "
+        f"at {model.image_size} pixels, products in {precision}"
+    )
 
 
 class RunLog:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from experiments.run_log import summary
 from golden_case import Case, full_config, full_weights
 from model import ModelConfig, TinyGPTV
 from official.weights import by_blocks, by_heads, from_official, phi_from_official, to_official
@@ -88,7 +89,7 @@ def test_training_begins_with_the_official_numbers_of_parameters(stage, total, t
     qformer, projector = 2_816 + 105_137_664 + 24_576, 3_149_824 + 10_488_320
     phi = 2_779_776_000 + (31_457_280 if stage > 1 else 0)  # with the new norms, and LoRA
     assert total == 985_894_528 + qformer + projector + phi
-    assert train.summary(model, 5, [3], "bf16") == (
+    assert summary(model, 5, [3], "bf16") == (
         f"visual_encoder 985,894,528 + qformer {qformer:,} + projector {projector:,} + phi {phi:,} "
         f"= {total:,} parameters, of which {trainable} learn; 5 steps of 3 samples "
         f"at {448 if stage == 4 else 224} pixels, products in bf16"

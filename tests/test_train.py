@@ -11,6 +11,7 @@ from PIL import Image
 
 import train
 from data import STAGES, Tokenizer, collate, encode_sample
+from experiments.run_log import summary
 from model import ModelConfig, TinyGPTV
 from train import SCHEDULES, Schedule, enter_stage, learning_rate, optimizer_groups, set_trainable
 
@@ -135,7 +136,7 @@ def test_a_short_run_is_warmed_up_in_a_tenth_of_it():
 
 
 def test_the_summary_tells_the_batch_sizes_of_a_mixture(miniature):
-    assert "; 7 steps of 2 or 6 samples at" in train.summary(miniature, 7, [6, 2, 6], "bf16")
+    assert "; 7 steps of 2 or 6 samples at" in summary(miniature, 7, [6, 2, 6], "bf16")
 
 
 def test_missing_weights_and_data_are_one_line(tmp_path, capsys: pytest.CaptureFixture):
