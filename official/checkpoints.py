@@ -230,7 +230,7 @@ def keep_freed_memory() -> None:
         if hasattr(library, "mallopt"):  # as above
             trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             library.mallopt(trim_threshold, 2**26)
-            library.mallopt(mmap_threshold, 2**25)  # the most that it takes
+            library.mallopt(mmap_threshold, 2**25)  # the most, by its manual
 
 
 # ---- directories ----
