@@ -291,13 +291,15 @@ def user_turn(
     return STAGES[stage].template.format(text + " " if image and stage == 4 else text)
 
 
-def check_request(task: str, text: str, stage: int) -> None:
+def check_request(task: str, text: str, stage: int, official: bool = False) -> None:
     """Raises ValueError for a task or text that `inference_prompt` has no prompt for."""
     if task not in POOLS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(POOLS)}")
     textless = "caption" in EXAMPLES[task]  # what such a record needs is an answer alone
-    if bool(text.strip()) == textless:
-        raise ValueError(f"task {task} {'takes no' if textless else 'needs a'} text")
+    is_normalized = task in ("vqa", "refer") and not official
+    if bool((caption_text(text) if is_normalized else text).strip()) == textless:
+        told = "takes no text" if textless else f"needs a text with words in it, not {text!r}"
+        raise ValueError(f"task {task} {told}")
     if IMAGE_PLACEHOLDER in text:
         raise ValueError(f"{IMAGE_PLACEHOLDER} stands for a picture and cannot be part of a text")
     if stage <= 2 and task not in ("caption", "detail"):
@@ -311,18 +313,15 @@ def inference_prompt(task: str, text: str, stage: int, official: bool = False) -
 
     text: the question, phrase, prompt or box ("{<x1><y1><x2><y2>}"); "" for caption, detail and
     grounding. official: use the template of the official demo and benchmarks, and `text` as it is.
-    Raises what `check_request` does, and ValueError if nothing is left of a text without its
-    punctuation; warns where only a part of it counts.
+    Raises what `check_request` does, and warns where only a part of a text counts.
     """
-    check_request(task, text, stage)
+    check_request(task, text, stage, official)
     if stage == 3 and task == "caption":
         task = "detail"  # stage 3 knows no other request for a description
     if task in ("vqa", "refer") and not official:
         if len(text.split()) > 50:
             warnings.warn("only the first 50 words of what was asked count, as in training")
-        asked, text = text, caption_text(text)
-        if not text:
-            raise ValueError(f"task {task} needs a text with words in it, not {asked!r}")
+        text = caption_text(text)
     return user_turn(instruction(task, text), stage, image=True, official=official)
 
 

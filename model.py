@@ -507,7 +507,7 @@ class TinyGPTV(nn.Module):
         model.load_state_dict(collected(tensors, model.state_dict()), assign=True)
         model.to(device).eval()
         if model.config.int8 and pack and on_cpu and has_int8_unit():
-            model.requires_grad_(False)  # whole numbers have no gradient
+            model.requires_grad_(False)  # what feeds packed layers can't learn through them
             file = None if int8 else model.backbones / "model.safetensors"
             pack_phi(model.phi, partial(release_all, file))
             pack_vision(model.visual_encoder, partial(release_all, file))

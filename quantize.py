@@ -351,6 +351,7 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
     """Makes the products of a quantized Phi ready for int8 instructions, in place, with two bytes a
     number. release: called after each layer, by one of two threads, to give back the memory of
     its old form, so that no more than two layers are in memory twice."""
+    phi.requires_grad_(False)
     if phi.config.qk_norm and phi.config.attn_norm:
         packed = partial(Int8Block, rotary_dim=phi.config.rotary_dim)
     else:  # Phi-2 without TinyGPT-V's norms, which Int8Block expects
@@ -362,6 +363,7 @@ def pack_phi(phi: nn.Module, release: Callable[[], None]) -> None:
 
 def pack_vision(vit: nn.Module, release: Callable[[], None]) -> None:
     """The same for the ViT, with one byte a number wherever that is not too coarse."""
+    vit.requires_grad_(False)
     pack_each(vit.blocks, lambda block: Int8VisionBlock(pack_layers(block, 1)), release)
 
 

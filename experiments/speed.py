@@ -84,7 +84,6 @@ def packed_copy(int8: TinyGPTV) -> TinyGPTV:
     with torch.device("meta"):
         copy = TinyGPTV(int8.config)
     copy.load_state_dict(int8.state_dict(), assign=True)
-    copy.requires_grad_(False)
     pack_phi(copy.phi, release=lambda: None)
     pack_vision(copy.visual_encoder, release=lambda: None)
     return copy.eval()

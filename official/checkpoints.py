@@ -215,22 +215,23 @@ def release_all(path: Path | None) -> None:
     weights are packed; while they are loaded it would only be asked for again)."""
     if path is not None:
         release(path)
-    if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):  # glibc has it, others do without
-            library.malloc_trim(0)
+    call_glibc("malloc_trim", 0)
 
 
 def keep_freed_memory() -> None:
     """Tells the C library to keep the memory of freed tensors, of up to 32 MB each and 64 MB in
     all, for the next ones. Else it may give each back to the system, which clears every page before
     it lends it again: half a second for a first picture at the official size."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    call_glibc("mallopt", trim_threshold, 2**26)
+    call_glibc("mallopt", mmap_threshold, 2**25)  # the most, by its manual
+
+
+def call_glibc(name: str, *arguments: int) -> None:
+    """Calls a function of GNU's C library on Linux; with another library nothing happens."""
     if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):  # as above
-            trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            library.mallopt(trim_threshold, 2**26)
-            library.mallopt(mmap_threshold, 2**25)  # the most, by its manual
+        if function := getattr(ctypes.CDLL(None), name, None):
+            function(*arguments)
 
 
 # ---- directories ----
